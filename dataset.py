@@ -1,0 +1,170 @@
+"""The dataset folder, both directions: write it, read it, cut windows of tokens out of it.
+
+    data/<name>/train.bin   token ids, raw little-endian uint16 or uint32, no header
+    data/<name>/val.bin     the same
+    data/<name>/meta.json   `Meta`: how many, which dtype, which tokenizer, made from what
+
+Which windows a training step sees depends on (seed, step) alone; see `train_starts`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from errors import InputError
+from files import staged
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val")
+IGNORE_INDEX = -1  # a target that carries no loss
+
+# Up to this size a split is one int32 tensor on the device; above, it stays memory-mapped.
+MAX_TOKENS_ON_DEVICE = 2**26
+# Up to this size evaluation covers every token of the val split; above, `eval_iters` windows.
+MAX_TOKENS_EVALUATED_WHOLE = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    format_version: int
+    dtype: str  # "uint16" or "uint32"
+    vocab_size: int
+    train_tokens: int
+    val_tokens: int
+    tokenizer: dict  # see tokenizer.py
+    source: str  # the name of the text
+    sha256: str  # of the text's bytes
+
+
+def write(folder: Path, chunks: Iterable[tuple[str, np.ndarray]], **described) -> Meta:
+    """Write (split name, ids) chunks as they come; `described` is the rest of `Meta`.
+
+    Nothing takes its final name before everything is on the disk.
+    """
+    dtype = "uint16" if described["vocab_size"] <= 2**16 else "uint32"
+    described |= {"format_version": FORMAT_VERSION, "dtype": dtype}
+    counts = dict.fromkeys(SPLITS, 0)
+    folder.mkdir(parents=True, exist_ok=True)
+    with staged(folder / "train.bin", folder / "val.bin", folder / "meta.json") as files:
+        handle_of = dict(zip(SPLITS, files, strict=False))
+        for split, ids in chunks:
+            handle_of[split].write(ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes())
+            counts[split] += len(ids)
+        meta = Meta(train_tokens=counts["train"], val_tokens=counts["val"], **described)
+        files[2].write(json.dumps(dataclasses.asdict(meta), indent=1).encode("utf-8"))
+    return meta
+
+
+def read_meta(path: Path) -> Meta:
+    """Raises `InputError` when the file is missing, broken or not a Quill dataset's."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path} is not valid JSON; prepare the dataset again") from None
+    types_of = typing.get_type_hints(Meta)
+    if not isinstance(fields, dict) or fields.keys() != types_of.keys():
+        raise InputError(f"{path} does not describe a Quill dataset; prepare it again")
+    wrong = [name for name, kind in types_of.items() if type(fields[name]) is not kind]
+    meta = Meta(**fields)
+    if wrong or meta.format_version != FORMAT_VERSION or meta.dtype not in ("uint16", "uint32"):
+        raise InputError(
+            f"{path}: {', '.join(wrong) or 'format version or dtype'} not usable; "
+            "prepare the dataset again"
+        )
+    return meta
+
+
+def read(folder: Path) -> tuple[Meta, np.ndarray, np.ndarray]:
+    """-> (meta, train ids, val ids), memory-mapped; raises `InputError` when anything disagrees."""
+    if not (folder / "meta.json").exists():
+        raise InputError(
+            f"dataset {folder.name!r} is not prepared ({folder / 'meta.json'} is missing): run "
+            f"`python prepare.py {folder.name}`, with --input=FILE for a text of your own"
+        )
+    meta = read_meta(folder / "meta.json")
+    train = _map_ids(folder / "train.bin", meta, meta.train_tokens)
+    return meta, train, _map_ids(folder / "val.bin", meta, meta.val_tokens)
+
+
+def _map_ids(path: Path, meta: Meta, n_tokens: int) -> np.ndarray:
+    dtype = np.dtype(meta.dtype).newbyteorder("<")
+    try:
+        n_bytes = path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; prepare the dataset again") from None
+    if n_bytes != n_tokens * dtype.itemsize or n_bytes == 0:
+        raise InputError(
+            f"{path} has {n_bytes:,} bytes where meta.json says {n_tokens:,} tokens of "
+            f"{dtype.itemsize} bytes; prepare the dataset again"
+        )
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+class Split:
+    """One split's ids, ready to be cut into (idx, targets) windows on a device."""
+
+    def __init__(self, ids: np.ndarray, vocab_size: int, device, name: str):
+        import torch
+
+        self.ids, self.vocab_size, self.device, self.name = ids, vocab_size, device, name
+        self.on_device = len(ids) <= MAX_TOKENS_ON_DEVICE
+        if self.on_device:
+            self._check_range(ids)
+            self.tokens = torch.from_numpy(ids.astype(np.int32)).to(device)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def windows(self, starts: np.ndarray, block_size: int):
+        """-> idx, targets, both (len(starts), block_size) int64: targets are idx one token on.
+
+        Targets beyond the end of the split are `IGNORE_INDEX`.
+        """
+        import torch
+
+        starts = torch.from_numpy(starts)
+        pin = self.device.type == "cuda"
+        if self.on_device:
+            starts = (starts.pin_memory() if pin else starts).to(self.device, non_blocking=True)
+        positions = starts[:, None] + torch.arange(block_size + 1, device=starts.device)
+        inside = positions.clamp(max=len(self) - 1)
+        if self.on_device:
+            rows = self.tokens[inside].long()
+        else:
+            gathered = self.ids[inside.numpy()].astype(np.int64)
+            self._check_range(gathered)
+            rows = torch.from_numpy(gathered)
+        rows[:, 1:].masked_fill_(positions[:, 1:] >= len(self), IGNORE_INDEX)
+        rows = rows if self.on_device else (rows.pin_memory() if pin else rows)
+        rows = rows.to(self.device, non_blocking=True)
+        return rows[:, :-1].clamp(min=0), rows[:, 1:]
+
+    def _check_range(self, ids: np.ndarray) -> None:
+        highest = int(ids.max())
+        if highest >= self.vocab_size:
+            raise InputError(
+                f"{self.name}: token id {highest} does not fit meta.json's vocabulary of "
+                f"{self.vocab_size}; prepare the dataset again"
+            )
+
+
+def train_starts(n_tokens: int, block_size: int, n_windows: int, seed: int, step: int):
+    """Where a step's windows begin, (n_windows,) int64: a function of seed and step alone."""
+    rng = np.random.default_rng([seed, step])
+    return rng.integers(0, n_tokens - block_size, size=n_windows)
+
+
+def eval_starts(n_tokens: int, block_size: int, n_windows: int, whole: bool) -> np.ndarray:
+    """Windows side by side over the whole split, or `n_windows` of them spread evenly over it."""
+    if whole:
+        return np.arange(0, n_tokens - 1, block_size)
+    last = n_tokens - 1 - block_size
+    return np.unique(np.linspace(0, last, n_windows).astype(np.int64))

@@ -1,0 +1,361 @@
+"""The GPT language model: read it from the bottom up, `GPT.forward` first.
+
+One architecture with a few switches covers GPT-2 (the defaults, with bias=True) and the modern
+block (rotary positions, RMSNorm, QK-norm, ReLU^2 or SwiGLU, untied head), so that each idea can be
+turned on alone. In the classic variant the weights carry GPT-2's names.
+
+Shapes:  B batch   T time, in tokens   C n_embd   nh n_head   hs head size, C / nh   V vocab_size
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    """What determines the weights' shapes and meaning. Raises ValueError when it cannot work."""
+
+    block_size: int = 1024  # the longest context, in tokens
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in the linear layers and in LayerNorm
+    position: Literal["learned", "rotary"] = "learned"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    qk_norm: bool = False
+    mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "gelu"
+    tied_head: bool = True  # one matrix both embeds tokens and scores them
+    residual_init: Literal["scaled", "zero"] = "scaled"
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        if self.position == "rotary" and self.head_size % 2:
+            raise ValueError(
+                f"n_embd={self.n_embd} over n_head={self.n_head} makes heads of {self.head_size}: "
+                "position=rotary turns pairs of channels, so the head size must be even"
+            )
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+
+class KVCache:
+    """Keys and values of the tokens a model has read, preallocated; it belongs to the caller.
+
+    k, v: (n_layer, B, nh, block_size, hs), of which the first `n_tokens` positions are filled.
+    """
+
+    def __init__(self, config: GPTConfig, batch_size: int, device, dtype):
+        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.head_size)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.n_tokens = 0
+
+    def append(self, layer: int, k, v):
+        """Store the new (B, nh, T, hs) and return all keys and values of `layer` up to them."""
+        end = self.n_tokens + k.size(2)
+        self.k[layer, :, :, self.n_tokens : end] = k
+        self.v[layer, :, :, self.n_tokens : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class Norm(nn.Module):
+    """LayerNorm (Ba 2016) with an optional bias, or RMSNorm (Zhang & Sennrich 2019)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.is_rms = config.norm == "rmsnorm"
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        has_bias = config.bias and not self.is_rms
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if has_bias else None
+
+    def forward(self, x):
+        if self.is_rms:
+            return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-5)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
+
+
+def rotary_table(head_size: int, block_size: int) -> torch.Tensor:
+    """Cosines and sines of position * frequency: (2, block_size, hs / 2). Su et al. 2021."""
+    frequency = 10000.0 ** (-torch.arange(0, head_size, 2) / head_size)
+    angle = torch.outer(torch.arange(block_size), frequency)
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(x, rotary):
+    """Turn channel pairs (i, i + hs/2) of x (B, nh, T, hs) by their position's angles."""
+    cos, sin = rotary.to(x.dtype)  # (T, hs / 2) each
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class CausalSelfAttention(nn.Module):
+    """Every head attends to the past at once: heads are a batch dimension. Vaswani et al. 2017."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rotary, cache: KVCache | None):
+        B, T, C = x.shape
+        heads = (B, T, self.config.n_head, self.config.head_size)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
+        if self.config.qk_norm:  # Henry et al. 2020
+            q, k = F.rms_norm(q, (q.size(-1),)), F.rms_norm(k, (k.size(-1),))
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        past = 0
+        if cache is not None:
+            past = cache.n_tokens
+            k, v = cache.append(self.layer, k, v)
+        # A lone new token sees everything before it; several see a shifted triangle.
+        mask = None
+        if past and T > 1:
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=past == 0 and T > 1,
+            dropout_p=self.config.dropout if self.training else 0.0,
+        )  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    """Widen, bend, narrow: each position on its own.
+
+    SwiGLU (Shazeer 2020) has three matrices, so its hidden width is two thirds of the others'.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.kind = config.mlp
+        hidden = 4 * config.n_embd
+        if self.kind == "swiglu":
+            hidden = 8 * math.ceil(hidden * 2 / 3 / 8)
+        fan_out = 2 * hidden if self.kind == "swiglu" else hidden
+        self.c_fc = nn.Linear(config.n_embd, fan_out, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        x = self.c_fc(x)
+        if self.kind == "gelu":  # Hendrycks & Gimpel 2016
+            x = F.gelu(x)
+        elif self.kind == "gelu_tanh":  # as GPT-2 was trained
+            x = F.gelu(x, approximate="tanh")
+        elif self.kind == "relu":
+            x = F.relu(x)
+        elif self.kind == "relu2":  # So et al. 2021
+            x = F.relu(x)
+            x = x * x  # in this form the backward pass is twice as fast as a power's
+        else:
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        return self.dropout(self.c_proj(x))
+
+
+class Block(nn.Module):
+    """Communication, then computation, each added to the residual stream."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = Norm(config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = Norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rotary, cache):
+        x = x + self.attn(self.ln_1(x), rotary, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """Token ids in, scores for the next token out."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        parts = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
+        if config.position == "learned":
+            parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+            self.rotary = None
+        else:
+            table = rotary_table(config.head_size, config.block_size)
+            self.register_buffer("rotary", table, persistent=False)
+        parts["drop"] = nn.Dropout(config.dropout)
+        parts["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        parts["ln_f"] = Norm(config)
+        self.transformer = nn.ModuleDict(parts)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied_head:
+            self.lm_head.weight = self.transformer.wte.weight  # Press & Wolf 2017
+        self._init_weights()
+
+    @torch.no_grad()
+    def _init_weights(self):
+        """GPT-2's: normal with deviation 0.02, residual projections damped by depth, or zero.
+
+        The first logits are near zero, so that the first loss is ln(V) to 1 %: an untied head
+        starts at zero, a tied one behind a small final gain, smaller still where nothing yet
+        covers the embedding of the token just read, which the head would then predict again.
+        """
+        config = self.config
+        is_zero = config.residual_init == "zero"
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=0.0 if is_zero else 0.02 / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        if config.tied_head:
+            gain = 50 / config.n_embd if is_zero else 7 / math.sqrt(config.n_embd)
+            nn.init.constant_(self.transformer.ln_f.weight, min(1.0, gain))
+        else:
+            nn.init.zeros_(self.lm_head.weight)
+
+    def forward(self, idx, targets=None, *, reduction="mean", cache=None, last_only=False):
+        """idx (B, T) int64 -> logits (B, T, V), loss.
+
+        targets: (B, T), the token after each; -1 is ignored. Without them the loss is None.
+        reduction: "mean" over the targets that count, or their "sum", in nats.
+        cache: idx continues what the cache has read, which it is appended to.
+        last_only: logits of the last position alone, (B, 1, V).
+        """
+        past = cache.n_tokens if cache is not None else 0
+        T = idx.size(1)
+        assert past + T <= self.config.block_size, "longer than block_size"
+        x = self.transformer.wte(idx)  # (B, T, C)
+        rotary = None
+        if self.rotary is None:
+            x = x + self.transformer.wpe.weight[past : past + T]
+        else:
+            rotary = self.rotary[:, past : past + T]
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, rotary, cache)
+        if cache is not None:
+            cache.n_tokens += T
+        if last_only:
+            x = x[:, -1:]
+        logits = self.lm_head(self.transformer.ln_f(x))
+        if targets is None:
+            return logits, None
+        scores, targets = logits.flatten(0, 1).float(), targets.flatten()
+        return logits, F.cross_entropy(scores, targets, ignore_index=-1, reduction=reduction)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Every trained tensor, once: the matrices of the blocks, the other matrices, vectors.
+
+        Matrices are decayed, vectors (gains and biases) are not; Muon may take the blocks'.
+        """
+        groups = {"hidden": [], "embedding": [], "vector": []}
+        for name, p in self.named_parameters():
+            kind = "vector" if p.dim() < 2 else "hidden" if ".h." in name else "embedding"
+            groups[kind].append(p)
+        return groups
+
+    def n_parameters(self) -> int:
+        """All but the position table, which is how GPT-2's sizes are counted."""
+        n = sum(p.numel() for p in self.parameters())
+        return n - (self.transformer.wpe.weight.numel() if self.rotary is None else 0)
+
+    def flops_per_token(self) -> float:
+        """Forward and backward, at full context: 6 a weight and 12 L C T for the attention.
+
+        Weights that multiply, so without embedding look-ups. Chowdhery et al. 2022, appendix B.
+        """
+        c = self.config
+        matrices = sum(p.numel() for p in self.parameter_groups()["hidden"])
+        return 6 * (matrices + c.vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+def probabilities(logits, temperature: float, top_k: int, top_p: float):
+    """(B, V) logits -> (B, V) probabilities that sum to 1.
+
+    temperature 0 is greedy; top_k 0 and top_p 1 keep everything. top_p (Holtzman et al. 2019)
+    keeps the fewest most probable tokens that together reach it.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
+    if 0 < top_k < logits.size(-1):
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    logits = logits - logits.amax(dim=-1, keepdim=True)  # a tiny temperature must not overflow
+    probs = F.softmax(logits / temperature, dim=-1)
+    if top_p < 1:
+        ranked, order = probs.sort(descending=True)
+        unneeded = ranked.cumsum(dim=-1) - ranked >= top_p
+        probs = probs.masked_fill(torch.zeros_like(unneeded).scatter(1, order, unneeded), 0)
+        probs = probs / probs.sum(dim=-1, keepdim=True)
+    return probs
+
+
+def pick(probs, uniform):
+    """Draw one token a row by inverting the cumulative distribution at `uniform` (B,) in [0, 1)."""
+    cumulative = probs.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    # Below the total even after rounding, so a token of probability 0 is never reached.
+    point = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, point, right=True)  # (B, 1)
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    idx,
+    noise,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    vocab_size: int | None = None,
+    use_cache: bool = True,
+) -> Iterator[torch.Tensor]:
+    """Continue idx (B, T), T >= 1; yields one (B,) tensor of new tokens a step.
+
+    noise: (B, n) uniform numbers in [0, 1): row b's n tokens depend on row b alone.
+    vocab_size: ids from here on are padding and never drawn.
+    use_cache: False computes every step from scratch: slow, and the same text.
+
+    A context that has outgrown block_size is cut to its most recent half window and read anew, so
+    the cost of a token stays bounded.
+    """
+    block_size = model.config.block_size
+    cache = None
+    idx = context = idx[:, -block_size:]
+    for uniform in noise.unbind(dim=1):
+        if context.size(1) > block_size:
+            idx = context = context[:, -max(1, block_size // 2) :]
+            cache = None
+        if use_cache and cache is None:
+            cache = KVCache(model.config, idx.size(0), idx.device, model.lm_head.weight.dtype)
+        logits, _ = model(idx, cache=cache, last_only=True)
+        logits = logits[:, -1]
+        if vocab_size is not None:
+            logits[:, vocab_size:] = -math.inf
+        idx = pick(probabilities(logits, temperature, top_k, top_p), uniform)
+        context = torch.cat((context, idx), dim=1)
+        yield idx[:, 0]
+        if not use_cache:
+            idx = context

@@ -1,0 +1,141 @@
+"""What a run tells: lines on the screen, metrics.jsonl, and the dashboards that were asked for."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import time
+from pathlib import Path
+
+from errors import InputError
+from files import staged
+
+SLOW_RUN_SECONDS = 3600
+
+
+class Report:
+    """Appends one JSON object a line to metrics.jsonl and says the same on the screen.
+
+    A resumed run keeps the lines up to its checkpoint's step; a fresh one starts a new file.
+    """
+
+    def __init__(self, out_dir: Path, config: dict, resume_step: int | None):
+        self.max_iters = config["max_iters"]
+        self.path = out_dir / "metrics.jsonl"
+        self.resume_step = resume_step
+        self.file = None
+        self.dashboards = _open_dashboards(out_dir, config)
+
+    def evaluation(self, record: dict, is_best: bool) -> None:
+        self._write(record)
+        print(loss_line(record) + (", best so far" if is_best else ""), flush=True)
+
+    def step(self, record: dict, shows_pace: bool, is_slow_device: bool) -> None:
+        """A log line; `shows_pace` is false while the time of a step is still a compiler's."""
+        self._write(record)
+        to_go = record["ms_per_step"] / 1000 * (self.max_iters - record["step"])
+        line = (
+            f"step {record['step']}/{self.max_iters}: loss {record['loss']:.4f}, "
+            f"{record['ms_per_step']:.1f} ms/step, {record['tokens_per_s']:,.0f} tokens/s"
+        )
+        line += f", mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
+        line += f", {_clock(to_go)} to go" if shows_pace else ""
+        print(line, flush=True)
+        if is_slow_device and to_go > SLOW_RUN_SECONDS:
+            print(
+                f"this will take about {to_go / 3600:.0f} h on this machine; "
+                "config/shakespeare_char_cpu.py is a model for one without a GPU",
+                flush=True,
+            )
+
+    def sync(self) -> None:
+        """Make sure that no checkpoint is newer on the disk than the lines that led to it."""
+        self._open()
+        os.fsync(self.file.fileno())
+
+    def _open(self) -> None:
+        """Only now: a run that fails before it has anything to say leaves an older file whole."""
+        if self.file is None:
+            kept = [] if self.resume_step is None else _lines_up_to(self.path, self.resume_step)
+            with staged(self.path) as (file,):
+                file.writelines(kept)
+            self.file = self.path.open("a", encoding="utf-8")
+
+    def _write(self, record: dict) -> None:
+        self._open()
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        for send in self.dashboards:
+            send(record)
+
+
+class Pace:
+    """Seconds a step takes, measured from one log line to the next."""
+
+    def __init__(self):
+        self.laps = 0
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        """Leave out the time since the last lap: an evaluation, say."""
+        self.step, self.time = step, time.perf_counter()
+
+    def lap(self, step: int) -> float:
+        seconds = (time.perf_counter() - self.time) / (step - self.step)
+        self.laps += 1
+        self.restart(step)
+        return seconds
+
+
+def loss_line(record: dict) -> str:
+    losses = f"train loss {record['train_loss']:.4f}, val loss {record['val_loss']:.4f}"
+    return f"step {record['step']}: {losses}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _lines_up_to(path: Path, step: int) -> list[bytes]:
+    """The lines of the steps that a checkpoint has made, without one cut short by a kill."""
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
+
+
+def _open_dashboards(out_dir: Path, config: dict) -> list:
+    """One `send(record)` function for each dashboard that the config asks for."""
+    senders = []
+    if config["wandb_log"]:
+        wandb = _import_extra("wandb")
+        run = wandb.init(
+            project=config["wandb_project"], name=config["wandb_run_name"], config=config
+        )
+        senders.append(lambda record: run.log(record, step=record["step"]))
+    if config["tensorboard_log"]:
+        tensorboard = _import_extra("torch.utils.tensorboard")
+        writer = tensorboard.SummaryWriter(str(out_dir / "tensorboard"))
+
+        def send(record):
+            for name, value in record.items():
+                if name != "step" and value is not None:
+                    writer.add_scalar(name, value, record["step"])
+            writer.flush()
+
+        senders.append(send)
+    return senders
+
+
+def _import_extra(name: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(f"{error}; install the extra: pip install '.[track]'") from None

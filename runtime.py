@@ -1,0 +1,91 @@
+"""The machine: device, number format, random seeds, peak arithmetic rate."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import torch
+
+from errors import InputError
+
+# Dense bf16/fp16 matrix rate in FLOP/s by a word of the device's name, from the vendor's data
+# sheets; the first that matches counts. Any other device has no MFU rather than a wrong one.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "T4": 65e12,
+}
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else MPS, else the CPU."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device={name}: use auto, cpu, cuda, cuda:N or mps") from None
+    here = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not here.get(device.type, False):
+        raise InputError(f"device={name}: there is none here; leave it out, or use --device=cpu")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The format that matrix products run in; weights and optimizer state stay float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16
+
+
+def set_up(device: torch.device) -> None:
+    """Process-wide choices: TF32 for what stays float32 on CUDA, and the current device."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.cuda.set_device(device.index or 0)
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed dropout from (seed, step) alone, so that a resumed run needs no saved random state."""
+    mixed = np.random.SeedSequence([seed, step]).generate_state(1)
+    torch.manual_seed(int(mixed[0]))
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s of dense matrix products, None where it is not known."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    matches = (rate for words, rate in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name))
+    return next(matches, None)
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA and MPS raise OutOfMemoryError; the CPU's allocator says it in a RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -1,0 +1,163 @@
+"""Generate text from a trained model; needs a run's folder, nothing from data/.
+
+Usage:
+    python sample.py --out_dir=out
+    python sample.py --out_dir=out --start="ROMEO:" --num_samples=3 --temperature=0.7
+    python sample.py --out_dir=out --start=FILE:prompt.txt
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import settings
+import tokenizer as tokenizers
+from errors import InputError, run_script
+from settings import DType, option
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    out_dir: str = option("out", "the run's folder: its best.pt is used, else its ckpt.pt")
+    start: str = option("\n", "the prompt, or FILE:path to read it from a file")
+    num_samples: int = option(10, "texts to generate, as one batch", min=1)
+    max_new_tokens: int = option(500, "tokens in each, beyond the prompt", min=0)
+    temperature: float = option(0.8, "below 1 safer, above 1 wilder, 0 always the likeliest", min=0)
+    top_k: int = option(200, "draw from the k likeliest tokens; 0 from all", min=0)
+    top_p: float = option(1.0, "draw from the likeliest tokens that reach p together", min=0, max=1)
+    stop: str = option("", "end a text where this string appears; it is not printed")
+    seed: int = option(1337, "same seed, same texts", min=0)
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: DType = option("auto", "format of the weights")
+
+
+SEPARATOR = "---------------"
+
+
+class Sample:
+    """One text as its tokens arrive: whole characters only, cut at the stop string."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, stop: str):
+        self._decoder = tokenizers.StreamDecoder(tokenizer)
+        self._stop = stop
+        self._pending = ""  # could still turn out to begin the stop string
+        self.is_done = False
+
+    def feed(self, token: int) -> str:
+        """-> the text that is now certain to be part of the sample."""
+        return "" if self.is_done else self._release(self._decoder.feed([token]))
+
+    def finish(self) -> str:
+        """-> what was held back. Nothing follows."""
+        text = "" if self.is_done else self._release(self._decoder.finish()) + self._pending
+        self.is_done, self._pending = True, ""
+        return text
+
+    def _release(self, text: str) -> str:
+        text = self._pending + text
+        before, found, _ = text.partition(self._stop) if self._stop else (text, "", "")
+        if found:
+            self.is_done, self._pending = True, ""
+            return before
+        n_held = next(
+            (n for n in range(len(self._stop) - 1, 0, -1) if text.endswith(self._stop[:n])), 0
+        )
+        self._pending = text[len(text) - n_held :]
+        return text[: len(text) - n_held]
+
+
+def main(argv: list[str]) -> int:
+    config = settings.load(SampleConfig, argv, usage=__doc__)
+    prompt = read_prompt(config.start)
+    # Here, not at the top: torch takes a second, --help and typos should not.
+    import checkpoint
+    import runtime
+
+    device = runtime.pick_device(config.device)
+    path = checkpoint.find(Path(config.out_dir))
+    model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
+    model = model.eval().to(device, runtime.pick_dtype(config.dtype, device))
+    try:
+        ids = tokenizer.encode(prompt)
+    except InputError as error:
+        raise InputError(f"the prompt does not fit {path}: {error}") from None
+    sys.stdout.reconfigure(errors="replace")
+    print_samples(prompt, tokens(model, tokenizer, ids, config), tokenizer, config)
+    return 0
+
+
+def read_prompt(start: str) -> str:
+    """The text itself, or the contents of the file that `FILE:path` names."""
+    text = start
+    if start.startswith("FILE:"):
+        path = Path(start.removeprefix("FILE:"))
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except OSError as error:
+            raise InputError(f"prompt file {path}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"prompt file {path} is not UTF-8 at byte {error.start}") from None
+    if not text:
+        raise InputError("the prompt is empty: give --start=TEXT with at least one character")
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise InputError("the prompt is not valid UTF-8")
+    return text
+
+
+def tokens(model, tokenizer: tokenizers.Tokenizer, ids: np.ndarray, config: SampleConfig):
+    """Yield lists of `num_samples` new tokens, one for each text.
+
+    Text i has random numbers of its own, drawn from (seed, i): how many others there are does not
+    matter to it.
+    """
+    import torch
+
+    from model import generate
+
+    device = model.lm_head.weight.device
+    idx = torch.from_numpy(ids.astype(np.int64)).to(device).expand(config.num_samples, -1)
+    noise = np.stack(
+        [
+            np.random.default_rng([config.seed, i]).random(config.max_new_tokens, dtype=np.float32)
+            for i in range(config.num_samples)
+        ]
+    )
+    steps = generate(
+        model,
+        idx,
+        torch.from_numpy(noise).to(device),
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        vocab_size=tokenizer.vocab_size,
+    )
+    return (step.tolist() for step in steps)
+
+
+def print_samples(prompt: str, steps, tokenizer, config: SampleConfig) -> None:
+    """Show the first text while it is made; the others grow beside it and follow."""
+    samples = [Sample(tokenizer, config.stop) for _ in range(config.num_samples)]
+    later = [""] * config.num_samples
+    print(prompt, end="", flush=True)
+    for step in steps:
+        for i, (sample, token) in enumerate(zip(samples, step, strict=True)):
+            text = sample.feed(token)
+            if i == 0:
+                print(text, end="", flush=True)
+            else:
+                later[i] += text
+        if all(sample.is_done for sample in samples):
+            break
+    print(samples[0].finish())
+    print(SEPARATOR)
+    for sample, text in zip(samples[1:], later[1:], strict=True):
+        print(prompt + text + sample.finish())
+        print(SEPARATOR)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from errors import InputError
+from model import GPT, GPTConfig
+
+
+class Payload:
+    """Pickles to a call of os.system."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def contents() -> dict:
+    config = {"block_size": 4, "vocab_size": 2, "n_layer": 1, "n_head": 1, "n_embd": 4}
+    return {
+        "model": GPT(GPTConfig(**config)).state_dict(),
+        "model_config": config,
+        "config": {"seed": 1},
+        "tokenizer": {"kind": "char", "chars": "ab"},
+        "step": 3,
+    }
+
+
+def test_round_trip(folder):
+    path = Path("best.pt")
+    checkpoint.save(path, contents())
+    model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
+    assert model.config.n_embd == 4 and tokenizer.chars == "ab"
+
+
+def test_best_comes_before_last(folder):
+    checkpoint.save(folder / "ckpt.pt", contents())
+    assert checkpoint.find(folder).name == "ckpt.pt"
+    checkpoint.save(folder / "best.pt", contents())
+    assert checkpoint.find(folder).name == "best.pt"
+
+
+def damaged(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("hello")
+    elif how == "folder":
+        path.unlink()
+        path.mkdir()
+    elif how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "another zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.txt", "hello")
+    elif how == "pickle":
+        path.write_bytes(pickle.dumps(Payload()))
+    elif how == "payload":
+        torch.save(contents() | {"quill_checkpoint": 1, "extra": Payload()}, path)
+    elif how == "tensor":
+        torch.save(torch.zeros(3), path)
+    elif how == "foreign":
+        torch.save({"model": {}, "model_args": {}}, path)
+    elif how == "newer":
+        torch.save(contents() | {"quill_checkpoint": 99}, path)
+    else:
+        torch.save(contents() | {"quill_checkpoint": 1, "model_config": [1]}, path)
+
+
+@pytest.mark.parametrize(
+    ("how", "complaint"),
+    [
+        ("missing", "is missing: train first"),
+        ("empty", "truncated or not a checkpoint"),
+        ("text", "not a checkpoint"),
+        ("folder", "is a folder"),
+        ("truncated", "truncated"),
+        ("another zip", "not a checkpoint"),
+        ("pickle", "nothing in it was run"),
+        ("payload", "nothing in it was run"),
+        ("tensor", "is not a Quill checkpoint"),
+        ("foreign", "is not a Quill checkpoint"),
+        ("newer", "schema version 99"),
+        ("wrong types", "model_config missing or broken"),
+    ],
+)
+def test_what_is_not_a_checkpoint_is_refused(folder, how, complaint):
+    checkpoint.save(folder / "ckpt.pt", contents())
+    damaged(folder / "ckpt.pt", how)
+    with pytest.raises(InputError, match=complaint) as caught:
+        checkpoint.load(folder / "ckpt.pt")
+    assert "ckpt.pt" in str(caught.value)
+    assert not (folder / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {}},
+        {"model_config": contents()["model_config"] | {"n_embd": 8}},
+        {"model_config": contents()["model_config"] | {"n_head": 3}},
+        {"model_config": contents()["model_config"] | {"n_head": "one"}},
+        {"model_config": {"shape": 3}},
+        {"tokenizer": {"kind": "morse"}},
+    ],
+)
+def test_weights_that_do_not_fit_their_config_are_refused(changes):
+    with pytest.raises(InputError, match=r"x\.pt"):
+        checkpoint.build_model(contents() | changes, Path("x.pt"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_keeps_the_checkpoint_that_was_there(folder):
+    checkpoint.save(folder / "ckpt.pt", contents())
+    before = (folder / "ckpt.pt").read_bytes()
+    (folder / "ckpt.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(folder / "ckpt.pt", contents())
+    assert (folder / "ckpt.pt").read_bytes() == before
+    assert [p.name for p in folder.iterdir()] == ["ckpt.pt"]

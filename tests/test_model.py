@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import GPT, GPTConfig, KVCache, generate, pick, probabilities
+
+CLASSIC = {"bias": True}
+MODERN = {
+    **{"position": "rotary", "norm": "rmsnorm", "qk_norm": True, "mlp": "relu2"},
+    **{"tied_head": False, "residual_init": "zero", "bias": False},
+}
+VARIANTS = pytest.mark.parametrize("switches", [CLASSIC, MODERN, MODERN | {"mlp": "swiglu"}])
+
+
+def tiny(switches, is_random=True, **changes) -> GPT:
+    shape = {"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**shape | switches | changes))
+    if is_random:  # so that zero-initialised parts take part
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+def random_ids(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 11, shape, generator=torch.Generator().manual_seed(1))
+
+
+@VARIANTS
+def test_a_future_token_changes_no_earlier_logit(switches):
+    model, idx = tiny(switches), random_ids(2, 8)
+    logits, _ = model(idx)
+    for t in range(1, 8):
+        changed = idx.clone()
+        changed[:, t] = (changed[:, t] + 1) % 11
+        after, _ = model(changed)
+        assert torch.equal(after[:, :t], logits[:, :t])
+        assert not torch.allclose(after[:, t:], logits[:, t:])
+
+
+@VARIANTS
+def test_earlier_tokens_matter_and_so_does_their_order(switches):
+    model = tiny(switches)
+    logits = [model(torch.tensor([ids]), last_only=True)[0] for ids in ([1, 2, 3], [2, 1, 3])]
+    assert not torch.allclose(logits[0], logits[1])
+
+
+SWITCH_NAMES = "position norm qk_norm mlp tied_head residual_init".split()
+SWITCHES = [
+    *itertools.product(
+        ("learned", "rotary"), ("layernorm", "rmsnorm"), (False, True),
+        ("gelu", "gelu_tanh", "relu", "relu2", "swiglu"), (False, True), ("scaled", "zero"),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("vocab_size", "n_embd"), [(65, 128), (65, 384), (5000, 64)])
+def test_the_first_loss_is_that_of_a_uniform_guess(vocab_size, n_embd):
+    idx = torch.randint(0, vocab_size, (8, 33), generator=torch.Generator().manual_seed(0))
+    for position, norm, qk_norm, mlp, tied_head, residual_init in SWITCHES[::7]:
+        torch.manual_seed(0)
+        config = GPTConfig(32, vocab_size, 4, 4, n_embd, 0.0, True)
+        values = (position, norm, qk_norm, mlp, tied_head, residual_init)
+        model = GPT(dataclasses.replace(config, **dict(zip(SWITCH_NAMES, values, strict=True))))
+        with torch.no_grad():
+            loss = model(idx[:, :-1], idx[:, 1:])[1].item()
+        assert loss == pytest.approx(math.log(vocab_size), rel=0.01), model.config
+
+
+@VARIANTS
+def test_overfits_one_batch(switches):
+    model = tiny(switches, is_random=False, n_embd=32).train()
+    idx, targets = random_ids(2, 8), random_ids(2, 8).flip(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(200):
+        loss = model(idx, targets)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+def test_ignored_targets_carry_no_loss():
+    model, idx, targets = tiny(CLASSIC), random_ids(2, 8), random_ids(2, 8)
+    targets[0, :] = -1
+    assert torch.allclose(model(idx, targets)[1], model(idx[1:], targets[1:])[1])
+    total = model(idx, targets, reduction="sum")[1]
+    assert torch.allclose(total, model(idx, targets)[1] * 8)
+    nothing = model(idx, torch.full_like(targets, -1), reduction="sum")[1]
+    assert nothing.item() == 0
+
+
+def test_classic_names_are_gpt2s():
+    names = set(tiny(CLASSIC, n_layer=1).state_dict())
+    block = "ln_1 attn.c_attn attn.c_proj ln_2 mlp.c_fc mlp.c_proj".split()
+    expected = {f"transformer.h.0.{part}.{kind}" for part in block for kind in ("weight", "bias")}
+    expected |= {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"}
+    assert names == expected | {"transformer.ln_f.weight", "transformer.ln_f.bias"}
+
+
+def test_sizes_are_gpt2s():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+    # 6 N + 12 L C T, with N the 123.5 M weights that multiply a token
+    assert model.flops_per_token() == pytest.approx(6 * 123.5e6 + 12 * 12 * 768 * 1024, rel=1e-3)
+
+
+@VARIANTS
+def test_parameter_groups_hold_every_tensor_once(switches):
+    model = tiny(switches)
+    groups = model.parameter_groups()
+    grouped = [id(p) for group in groups.values() for p in group]
+    assert sorted(grouped) == sorted(map(id, model.parameters()))
+    assert all(p.dim() == 2 for p in groups["hidden"] + groups["embedding"])
+    assert all(p.dim() == 1 for p in groups["vector"]) and groups["hidden"]
+    assert model.transformer.wte.weight in set(groups["embedding"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [({"n_embd": 15}, "n_embd=15"), ({"position": "rotary", "n_embd": 6}, "heads of 3")],
+)
+def test_shapes_that_cannot_work(changes, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        tiny({}, **changes)
+
+
+# ---- cache and generation ----------------------------------------------------------------------
+
+
+@VARIANTS
+def test_reading_in_parts_through_the_cache_equals_reading_at_once(switches):
+    model, idx = tiny(switches), random_ids(3, 8)
+    whole, _ = model(idx)
+    cache = KVCache(model.config, 3, "cpu", torch.float32)
+    parts = [model(part, cache=cache)[0] for part in idx.split([3, 1, 2, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
+    assert cache.n_tokens == 8
+
+
+def generated(model, idx, n_tokens, seed=0, **options) -> list[list[int]]:
+    noise = torch.rand(idx.size(0), n_tokens, generator=torch.Generator().manual_seed(seed))
+    return torch.stack([*generate(model, idx, noise, **options)], dim=1).tolist()
+
+
+@VARIANTS
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("prompt_tokens", [1, 7, 8, 13])
+def test_cached_equals_uncached_across_the_block_size(switches, temperature, prompt_tokens):
+    model, idx = tiny(switches), random_ids(3, prompt_tokens)
+    with_cache = generated(model, idx, 30, temperature=temperature)
+    assert with_cache == generated(model, idx, 30, temperature=temperature, use_cache=False)
+    assert temperature == 0 or len({tuple(row) for row in with_cache}) == 3
+
+
+def test_a_full_context_goes_on_with_its_most_recent_half():
+    model, idx = tiny(CLASSIC), random_ids(1, 8)
+    first = generated(model, idx, 1, temperature=0)[0]
+    recent = torch.cat((idx, torch.tensor([first])), dim=1)[:, -4:]
+    assert (
+        generated(model, idx, 5, temperature=0)[0]
+        == first + generated(model, recent, 4, temperature=0)[0]
+    )
+
+
+def test_block_size_of_one():
+    assert len(generated(tiny(CLASSIC, block_size=1), random_ids(1, 1), 5)[0]) == 5
+
+
+def test_a_rows_tokens_do_not_depend_on_the_other_rows():
+    model, idx = tiny(MODERN), random_ids(1, 3)
+    noise = torch.rand(4, 20, generator=torch.Generator().manual_seed(0))
+    together = torch.stack([*generate(model, idx.expand(4, -1), noise)], dim=1)
+    alone = [torch.stack([*generate(model, idx, noise[i : i + 1])], dim=1) for i in range(4)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_padding_is_never_generated():
+    model = tiny(CLASSIC)
+    tokens = generated(model, random_ids(4, 2), 50, temperature=5.0, vocab_size=3)
+    assert {token for row in tokens for token in row} == {0, 1, 2}
+
+
+LOGITS = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((1.0, 0, 1.0), [0.5, 0.25, 0.15, 0.1]),
+        ((0.0, 0, 1.0), [1, 0, 0, 0]),
+        ((1e-40, 0, 1.0), [1, 0, 0, 0]),
+        ((0.5, 0, 1.0), [0.7246, 0.1812, 0.0652, 0.0290]),
+        ((1.0, 2, 1.0), [2 / 3, 1 / 3, 0, 0]),
+        ((1.0, 99, 1.0), [0.5, 0.25, 0.15, 0.1]),
+        ((1.0, 0, 0.7), [2 / 3, 1 / 3, 0, 0]),
+        ((1.0, 0, 0.76), [0.5556, 0.2778, 0.1667, 0]),
+        ((1.0, 0, 0.0), [1, 0, 0, 0]),
+        ((1.0, 3, 0.6), [2 / 3, 1 / 3, 0, 0]),
+    ],
+)
+def test_probabilities(options, expected):
+    order = [2, 0, 3, 1]  # the result must not depend on the tokens' order
+    probs = probabilities(LOGITS[:, order], *options)[0]
+    assert probs.tolist() == pytest.approx([expected[i] for i in order], abs=1e-4)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(0, 1), min_size=1, max_size=20).filter(lambda ps: sum(ps) > 1e-3),
+    st.floats(0, 1, exclude_max=True, width=32),
+)
+def test_pick_never_draws_the_impossible(weights, uniform):
+    probs = torch.tensor([weights])
+    probs = probs / probs.sum()
+    token = pick(probs, torch.tensor([uniform])).item()
+    assert probs[0, token] > 0
+
+
+def test_pick_draws_in_proportion():
+    probs = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    uniform = (torch.arange(1000) + 0.5) / 1000
+    counts = pick(probs.expand(1000, -1), uniform).flatten().bincount(minlength=4)
+    assert counts.tolist() == [500, 0, 300, 200]

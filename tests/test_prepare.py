@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPO, is_one_error_line
+
+import dataset
+import prepare
+import tokenizer as tokenizers
+from errors import RunError
+
+SHARED_TEXT = REPO.parent / "shared/data/tinyshakespeare.txt"
+
+
+def decoded(folder: Path) -> tuple[str, str]:
+    meta, train, val = dataset.read(folder)
+    tokenizer = tokenizers.from_json(meta.tokenizer, "meta")
+    return tokenizers.decode(tokenizer, train.tolist()), tokenizers.decode(tokenizer, val.tolist())
+
+
+@pytest.mark.parametrize("kind", ["char", "byte"])
+@pytest.mark.parametrize("chunk_bytes", [7, 1 << 22])  # 7 cuts characters in two
+def test_own_text_decodes_back_split_at_90_percent(
+    folder, text, call, monkeypatch, kind, chunk_bytes
+):
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", chunk_bytes)
+    text = text[:2000] + "\r\nend"
+    Path("in.txt").write_bytes(text.encode())
+    code, out, err = call("prepare", "mine", "--input=in.txt", f"--tokenizer={kind}")
+    assert (code, err) == (0, "")
+    n_train = int(len(text) * 0.9)
+    assert decoded(folder / "data/mine") == (text[:n_train], text[n_train:])
+    meta = dataset.read_meta(folder / "data/mine/meta.json")
+    assert meta.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    for fact in (
+        f"{len(text):,} characters",
+        f"vocabulary {meta.vocab_size}",
+        "uint16",
+        "data/mine",
+    ):
+        assert fact in out
+
+
+def test_again_says_up_to_date_and_a_change_is_prepared_anew(folder, call):
+    Path("in.txt").write_text("hello world, how are you")
+    argv = ("prepare", "mine", "--input=in.txt")
+    assert call(*argv)[1].startswith("made ")
+    made = (folder / "data/mine/train.bin").stat().st_mtime_ns
+    assert call(*argv)[1].startswith("up to date: ")
+    assert (folder / "data/mine/train.bin").stat().st_mtime_ns == made
+    assert call(*argv, "--tokenizer=byte")[1].startswith("made ")
+    Path("in.txt").write_text("hello world, how are we")
+    assert call(*argv, "--tokenizer=byte")[1].startswith("made ")
+    (folder / "data/mine/val.bin").write_bytes(b"")
+    assert call(*argv, "--tokenizer=byte")[1].startswith("made ")
+
+
+def test_another_datasets_tokenizer_is_reused(folder, call):
+    Path("a.txt").write_text("abcdefghij")
+    Path("b.txt").write_text("jihgfedcba" * 3)
+    Path("c.txt").write_text("abcXYZX" * 3)
+    call("prepare", "a", "--input=a.txt")
+    code, _, _ = call("prepare", "b", "--input=b.txt", "--tokenizer=data/a/meta.json")
+    assert code == 0 and dataset.read(folder / "data/b")[1][:3].tolist() == [9, 8, 7]
+    code, _, err = call("prepare", "c", "--input=c.txt", "--tokenizer=data/a/meta.json")
+    assert code == 2 and "'X' (U+0058), 'Y' (U+0059), 'Z' (U+005A)" in err
+    assert not Path("data/c/meta.json").exists() and not list(Path("data/c").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("data", "argv", "complaint"),
+    [
+        (None, ["mine", "--input=in.txt"], "in.txt: No such file"),
+        (b"", ["mine", "--input=in.txt"], "in.txt is empty"),
+        (b"a", ["mine", "--input=in.txt"], "too short"),
+        (b"abc\xe9def", ["mine", "--input=in.txt"], "not UTF-8: byte 3"),
+        (b"x" * 5000 + b"\xff", ["mine", "--input=in.txt"], "byte 5,000"),
+        (b"abcde\xe2\x82", ["mine", "--input=in.txt"], "not UTF-8: byte 5"),
+        (b"abc", ["mine"], "needs a text"),
+        (b"abc", ["../mine", "--input=in.txt"], "plain folder name"),
+        (b"abc", ["..", "--input=in.txt"], "plain folder name"),
+        (b"abc", ["a/b", "--input=in.txt"], "plain folder name"),
+        (b"abc", ["--dataset=", "--input=in.txt"], "plain folder name"),
+        (b"abc", ["mine", "--input=in.txt", "--tokenizer=words"], "use char, byte, gpt2"),
+        (b"abc", ["mine", "--input=in.txt", "--tokenizer=x/meta.json"], "x/meta.json: No such"),
+        (b"abc", ["mine", "--input=."], ".: Is a directory"),
+        (b"abc", ["mine", "yours", "--input=in.txt"], "one dataset at a time"),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(
+    folder, call, monkeypatch, data, argv, complaint
+):
+    monkeypatch.setattr(prepare, "CHUNK_BYTES", 6)
+    if data is not None:
+        Path("in.txt").write_bytes(data)
+    code, out, err = call("prepare", *argv)
+    assert (code, out) == (2, "") and is_one_error_line(err) and complaint in err
+    assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.tmp"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line_and_keeps_the_dataset(folder, call):
+    Path("in.txt").write_text("hello world, how are you")
+    call("prepare", "mine", "--input=in.txt")
+    before = decoded(folder / "data/mine")
+    Path("in.txt").write_text("hello world, how are we")
+    (folder / "data/mine/train.bin.tmp").symlink_to("/dev/full")
+    code, _, err = call("prepare", "mine", "--input=in.txt")
+    assert code == 1 and is_one_error_line(err) and "No space left" in err and "data/mine" in err
+    assert decoded(folder / "data/mine") == before
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Answers with what the path asks for; `hits` counts requests by path."""
+
+    body = b"the right text"
+    hits: dict[str, int]
+
+    def do_GET(self):
+        self.hits[self.path] = self.hits.get(self.path, 0) + 1
+        is_flaky_now = self.path == "/flaky" and self.hits[self.path] == 1
+        if self.path == "/error" or is_flaky_now:
+            return self.send_error(503)
+        body = {"/html": b"<html>sign in</html>", "/long": self.body * 1000}.get(
+            self.path, self.body
+        )
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:5] if self.path == "/cut" else body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    Server.hits = {}
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def fetch(server, *paths):
+    sha256 = hashlib.sha256(Server.body).hexdigest()
+    urls = [server + path for path in paths]
+    prepare.download(urls, Path("got.txt"), len(Server.body), sha256, wait_seconds=0)
+
+
+@pytest.mark.parametrize("bad", ["/error", "/html", "/long", "/cut"])
+def test_download_takes_the_second_address_when_the_first_is_bad(folder, server, bad):
+    fetch(server, bad, "/good")
+    assert Path("got.txt").read_bytes() == Server.body
+
+
+def test_download_tries_again(folder, server):
+    fetch(server, "/flaky")
+    assert Path("got.txt").read_bytes() == Server.body and Server.hits == {"/flaky": 2}
+
+
+@pytest.mark.parametrize("bad", ["/error", "/html", "/long", "/cut"])
+def test_a_bad_download_never_gets_the_final_name(folder, server, bad):
+    Path("got.txt").write_text("what was there")
+    with pytest.raises(RunError, match=f"{bad}.*--input=FILE"):
+        fetch(server, bad)
+    assert [p.name for p in folder.iterdir()] == ["got.txt"]
+    assert Path("got.txt").read_text() == "what was there"
+    assert Server.hits == {bad: prepare.ATTEMPTS}
+
+
+def test_without_a_network_the_error_names_the_ways_on(folder, call, monkeypatch):
+    monkeypatch.setattr(prepare, "SHAKESPEARE_URLS", ("http://127.0.0.1:9/x",))
+    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
+    code, _, err = call("prepare")
+    assert code == 1 and is_one_error_line(err)
+    assert "--input=FILE" in err and "data/tinyshakespeare.txt" in err
+
+
+def test_a_text_put_in_place_is_used_and_a_wrong_one_is_not(folder, call, monkeypatch):
+    monkeypatch.setattr(prepare, "SHAKESPEARE_URLS", ("http://127.0.0.1:9/x",))
+    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
+    body = b"To be, or not to be"
+    monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", hashlib.sha256(body).hexdigest())
+    Path("data").mkdir()
+    Path("data/tinyshakespeare.txt").write_bytes(b"something else")
+    assert call("prepare")[0] == 1
+    Path("data/tinyshakespeare.txt").write_bytes(body)
+    assert call("prepare")[0] == 0
+    assert "".join(decoded(folder / "data/shakespeare_char")).encode() == body
+
+
+@pytest.mark.skipif(not SHARED_TEXT.exists(), reason="needs Tiny Shakespeare beside the checkout")
+def test_tiny_shakespeare(folder, call):
+    assert call("prepare", f"--input={SHARED_TEXT}")[0] == 0
+    meta = json.loads(Path("data/shakespeare_char/meta.json").read_text())
+    counts = [meta["train_tokens"], meta["val_tokens"], meta["vocab_size"], meta["dtype"]]
+    assert counts == [1_003_854, 111_540, 65, "uint16"]
+    assert meta["sha256"] == prepare.SHAKESPEARE_SHA256
+    assert "".join(decoded(folder / "data/shakespeare_char")) == SHARED_TEXT.read_text()
+    assert np.fromfile("data/shakespeare_char/train.bin", dtype="<u2")[:5].tolist() == [
+        18,
+        47,
+        56,
+        57,
+        58,
+    ]  # "First"

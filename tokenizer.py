@@ -1,0 +1,192 @@
+"""Tokenizers: text to token ids and back. Each one is fully described by a small JSON object.
+
+That object is written into a dataset's meta.json and into every checkpoint, so a run can always
+decode what it generates. All three kinds offer the same five things:
+
+    vocab_size                 ids are 0 .. vocab_size - 1
+    encode(text) -> ids        a one-dimensional array of ids
+    encode_stream(texts)       the same for a text that arrives in pieces of any size
+    decode_bytes(ids)          UTF-8; a single byte token may be a fraction of a character
+    to_json()                  plain types; `from_json` undoes it
+"""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import os
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from errors import InputError
+
+KINDS = ("char", "byte", "gpt2")
+
+
+class CharTokenizer:
+    """One token per character of the training text, in code point order."""
+
+    def __init__(self, chars: str):
+        self.chars = chars
+        self.vocab_size = len(chars)
+        known = code_points(chars)
+        # One table look-up per character; the extra last entry is for any higher code point.
+        self._id_of = np.full(int(known.max(initial=0)) + 2, -1, dtype=np.int32)
+        self._id_of[known] = np.arange(len(chars))
+        self._char_bytes = [char.encode("utf-8") for char in chars]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Raises `InputError` naming the characters that are not in the vocabulary."""
+        ids = self._id_of.take(code_points(text), mode="clip")
+        if ids.size and ids.min() < 0:
+            unknown = [text[i] for i in np.flatnonzero(ids < 0)]
+            distinct = sorted(set(unknown))
+            names = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in distinct[:10])
+            more = f" and {len(distinct) - 10} more" if len(distinct) > 10 else ""
+            raise InputError(
+                f"the vocabulary of {self.vocab_size} characters lacks {names}{more}: "
+                f"{len(unknown):,} of {len(text):,} characters"
+            )
+        return ids
+
+    def encode_stream(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        return map(self.encode, texts)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self._char_bytes[i] for i in ids)
+
+    def to_json(self) -> dict:
+        return {"kind": "char", "chars": self.chars}
+
+
+class ByteTokenizer:
+    """One token per UTF-8 byte: any text at all, 256 ids."""
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+
+    def encode_stream(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        return map(self.encode, texts)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return bytes(ids)
+
+    def to_json(self) -> dict:
+        return {"kind": "byte"}
+
+
+class BPETokenizer:
+    """Byte-pair encoding by tiktoken; special tokens in a text are ordinary characters."""
+
+    # A split before a blank that follows a non-blank never cuts a GPT-2 pre-token in two.
+    _SAFE_SPLIT = re.compile(r"(?<=\S)(?=[ \n])")
+    _PIECE_CHARS = 1 << 18
+
+    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]):
+        import tiktoken
+
+        self._spec = (name, pattern, ranks, special)
+        self._encoding = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        )
+        self.vocab_size = self._encoding.n_vocab
+
+    @classmethod
+    def gpt2(cls) -> BPETokenizer:
+        """GPT-2's own; tiktoken downloads it once, into TIKTOKEN_CACHE_DIR where that is set."""
+        import requests
+        import tiktoken
+
+        try:
+            gpt2 = tiktoken.get_encoding("gpt2")
+        except requests.RequestException as error:
+            raise InputError(
+                f"the GPT-2 tokenizer could not be downloaded ({type(error).__name__}): connect "
+                "once, or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has it, or use "
+                "--tokenizer=byte, which needs no download"
+            ) from None
+        return cls("gpt2", gpt2._pat_str, gpt2._mergeable_ranks, gpt2._special_tokens)
+
+    def encode(self, text: str) -> np.ndarray:
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
+    def encode_stream(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for pieces in self._safe_pieces(texts):
+                yield from pool.map(self.encode, pieces)
+
+    def _safe_pieces(self, texts: Iterable[str]) -> Iterator[list[str]]:
+        """Regroup a text into lists of pieces that can be encoded one by one, in parallel."""
+        pending = ""
+        for text in texts:
+            pending += text
+            pieces, start = [], 0
+            while split := self._SAFE_SPLIT.search(pending, start + self._PIECE_CHARS):
+                pieces.append(pending[start : split.start()])
+                start = split.start()
+            pending = pending[start:]
+            yield pieces
+        yield [pending]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self._encoding.decode_bytes(list(ids))
+
+    def to_json(self) -> dict:
+        name, pattern, ranks, special = self._spec
+        in_order = sorted(ranks, key=ranks.__getitem__)
+        words = " ".join(base64.b64encode(token).decode("ascii") for token in in_order)
+        return {"kind": "bpe", "name": name, "pattern": pattern, "ranks": words, "special": special}
+
+
+Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer
+
+
+def from_json(spec: object, source: str) -> Tokenizer:
+    """Rebuild a tokenizer; raises `InputError` naming `source` when `spec` is not one."""
+    try:
+        if spec["kind"] == "char":
+            chars = spec["chars"]
+            if not chars or list(chars) != sorted(set(chars)):
+                raise ValueError("chars must be distinct and in order")
+            return CharTokenizer(chars)
+        if spec["kind"] == "byte":
+            return ByteTokenizer()
+        if spec["kind"] == "bpe":
+            words = spec["ranks"].split(" ")
+            ranks = {base64.b64decode(word, validate=True): i for i, word in enumerate(words)}
+            return BPETokenizer(spec["name"], spec["pattern"], ranks, spec["special"])
+        raise ValueError(f"unknown kind {spec['kind']!r}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{source}: no usable tokenizer in it ({error})") from None
+
+
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """Bytes that are not UTF-8 become U+FFFD."""
+    return tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+class StreamDecoder:
+    """Decode ids as they come; a character is returned once all of its bytes are there."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, ids: Iterable[int]) -> str:
+        return self._utf8.decode(self._tokenizer.decode_bytes(ids))
+
+    def finish(self) -> str:
+        """What is left: U+FFFD for a character that was never completed, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def code_points(text: str) -> np.ndarray:
+    """One unsigned integer per character."""
+    if text.isascii():  # one byte a character: four times less to move
+        return np.frombuffer(text.encode("ascii"), dtype=np.uint8)
+    return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)

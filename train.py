@@ -1,0 +1,121 @@
+"""Train a GPT: options, learning-rate schedule, command. The training itself is trainer.py's.
+
+Usage:
+    python train.py config/shakespeare_char.py [--key=value ...]
+    python train.py --out_dir=out --init_from=resume
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Literal
+
+import settings
+from errors import run_script
+from settings import DType, option
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Every option of a run. nanoGPT's names and defaults, where it has the option."""
+
+    # files and reporting
+    out_dir: str = option("out", "folder for checkpoints and metrics")
+    dataset: str = option("openwebtext", "folder below data/ with train.bin, val.bin, meta.json")
+    init_from: Literal["scratch", "resume"] = option("scratch", "start fresh or continue ckpt.pt")
+    eval_interval: int = option(2000, "steps between evaluations", min=1)
+    eval_iters: int = option(200, "windows for the train loss, and for a large val split", min=1)
+    eval_only: bool = option(False, "evaluate once, print and stop; writes nothing")
+    log_interval: int = option(1, "steps between log lines", min=1)
+    always_save_checkpoint: bool = option(True, "save ckpt.pt also when val loss did not improve")
+    patience: int = option(0, "stop after so many evaluations without a new best; 0 never", min=0)
+    wandb_log: bool = option(False, "log to Weights & Biases (needs the 'track' extra)")
+    wandb_project: str = option("quill", "its project")
+    wandb_run_name: str = option("gpt", "its run name")
+    tensorboard_log: bool = option(False, "log to out_dir/tensorboard (needs the 'track' extra)")
+    # data
+    batch_size: int = option(12, "windows in a micro-step", min=1)
+    block_size: int = option(1024, "tokens in a window: the longest context", min=1)
+    gradient_accumulation_steps: int = option(40, "micro-steps summed into one step", min=1)
+    # model
+    n_layer: int = option(12, "blocks", min=1)
+    n_head: int = option(12, "attention heads in a block", min=1)
+    n_embd: int = option(768, "width of the residual stream", min=1)
+    dropout: float = option(0.0, "share of activations dropped in training", min=0, max=0.99)
+    bias: bool = option(False, "biases in linear layers and LayerNorm, as in GPT-2")
+    position: Literal["learned", "rotary"] = option("learned", "how order is told")
+    norm: Literal["layernorm", "rmsnorm"] = option("layernorm", "normalisation")
+    qk_norm: bool = option(False, "normalise queries and keys")
+    mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = option("gelu", "activation")
+    tied_head: bool = option(True, "the output matrix is the token embedding")
+    residual_init: Literal["scaled", "zero"] = option("scaled", "start of residual projections")
+    vocab_multiple: int = option(1, "round the model's vocabulary up to a multiple", min=1)
+    # optimizer
+    optimizer: Literal["adamw", "muon"] = option("adamw", "muon: for the blocks' matrices alone")
+    learning_rate: float = option(6e-4, "highest rate of AdamW", min=0)
+    muon_learning_rate: float = option(0.02, "highest rate of Muon", min=0)
+    max_iters: int = option(600000, "optimizer updates to make", min=0)
+    weight_decay: float = option(0.1, "decay of matrices, times the rate", min=0)
+    beta1: float = option(0.9, "AdamW's memory of gradients", min=0, max=0.9999)
+    beta2: float = option(0.95, "AdamW's memory of their squares", min=0, max=0.9999)
+    grad_clip: float = option(1.0, "longest gradient (L2 norm); 0 does not clip", min=0)
+    # learning rate
+    decay_lr: bool = option(True, "false keeps the rate constant")
+    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = option(
+        "cosine", "shape after warm-up; wsd: flat, then a linear fall"
+    )
+    warmup_iters: int = option(2000, "steps of linear warm-up", min=0)
+    lr_decay_iters: int = option(0, "step where min_lr is reached; 0: max_iters", min=0)
+    min_lr: float = option(6e-5, "lowest rate after decay", min=0)
+    wsd_decay_share: float = option(0.2, "share of the steps in wsd's final fall", min=0, max=1)
+    # machine
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: DType = option("auto", "format of matrix products")
+    compile: bool | Literal["auto"] = option("auto", "torch.compile; auto: on CUDA")
+    backend: str = option("nccl", "process group backend; one process needs none")
+    seed: int = option(1337, "of weights, data order and dropout", min=0)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.gradient_accumulation_steps * self.batch_size * self.block_size
+
+
+def learning_rate_at(config: TrainConfig, step: int) -> float:
+    """AdamW's rate for the update after `step` updates: warm-up, then the schedule's shape."""
+    if config.lr_schedule == "constant" or not config.decay_lr:
+        return config.learning_rate
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    end = config.lr_decay_iters or config.max_iters
+    if step >= end:
+        return config.min_lr
+    progress = (step - config.warmup_iters) / (end - config.warmup_iters)  # 0 .. 1
+    if config.lr_schedule == "cosine":
+        height = 0.5 * (1 + math.cos(math.pi * progress))
+    elif config.lr_schedule == "linear":
+        height = 1 - progress
+    else:  # warmup-stable-decay, Hu et al. 2024
+        fall = config.wsd_decay_share
+        height = min(1.0, (1 - progress) / fall) if fall else 1.0
+    return config.min_lr + height * (config.learning_rate - config.min_lr)
+
+
+def main(argv: list[str]) -> int:
+    config = settings.load(TrainConfig, argv, usage=__doc__)
+    # Here, not at the top: torch takes a second, --help and typos should not.
+    import checkpoint
+    from trainer import Trainer
+
+    saved = None
+    if config.init_from == "resume":
+        path = Path(config.out_dir) / "ckpt.pt"
+        saved = checkpoint.load(path, for_resume=True)
+        # What the command line does not say is as the run had it.
+        config = settings.load(TrainConfig, argv, usage=__doc__, base=saved["config"])
+    return Trainer(config, saved).run()
+
+
+if __name__ == "__main__":
+    run_script(main)
