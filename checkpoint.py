@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -29,23 +30,27 @@ def save(path: Path, contents: dict) -> None:
         try:
             torch.save({"quill_checkpoint": SCHEMA_VERSION, **contents}, file)
         except RuntimeError as error:  # torch's writer hides what the file said, a full disk say
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load(path: Path, *, for_resume: bool = False) -> dict:
     """Read a checkpoint onto the CPU; raises `InputError` when it is missing or not usable."""
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about foreign pickles, which are refused below
+            contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} is missing: train first, or check --out_dir") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder, not a checkpoint") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise InputError(f"{path}: {error.strerror}") from None
     except pickle.UnpicklingError:
         raise InputError(
             f"{path} holds more than tensors and plain types, or is not a checkpoint: refused, "
             "nothing in it was run"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile):
         raise InputError(
             f"{path} is truncated or not a checkpoint; delete it, or restore it from a copy"
         ) from None

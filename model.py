@@ -306,6 +306,7 @@ def probabilities(logits, temperature: float, top_k: int, top_p: float):
     if top_p < 1:
         ranked, order = probs.sort(descending=True)
         unneeded = ranked.cumsum(dim=-1) - ranked >= top_p
+        unneeded[:, 0] = False
         probs = probs.masked_fill(torch.zeros_like(unneeded).scatter(1, order, unneeded), 0)
         probs = probs / probs.sum(dim=-1, keepdim=True)
     return probs

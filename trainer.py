@@ -64,7 +64,12 @@ class Trainer:
     def _open_dataset(self) -> tuple[dataset.Meta, dataset.Split, dataset.Split]:
         folder = dataset_folder(self.config.dataset)
         meta, *splits = dataset.read(folder)
-        tokenizers.from_json(meta.tokenizer, str(folder / "meta.json"))
+        tokenizer = tokenizers.from_json(meta.tokenizer, str(folder / "meta.json"))
+        if tokenizer.vocab_size != meta.vocab_size:
+            raise InputError(
+                f"{folder / 'meta.json'}: vocab_size={meta.vocab_size}, but its tokenizer has "
+                f"{tokenizer.vocab_size}; prepare the dataset again"
+            )
         paths = [folder / f"{name}.bin" for name in dataset.SPLITS]
         for path, ids in zip(paths, splits, strict=True):
             if len(ids) <= self.config.block_size:
@@ -126,8 +131,8 @@ class Trainer:
         watched = loss if self.scaler.is_enabled() else norm
         is_first_bad = ~torch.isfinite(watched) & (self.first_bad_step < 0)
         self.first_bad_step = torch.where(is_first_bad, self.progress.step, self.first_bad_step)
-        if self.config.optimizer == "muon":  # cannot skip on the device
-            self.raise_if_not_finite()
+        if self.config.optimizer == "muon" or self.scaler.is_enabled():
+            self.raise_if_not_finite()  # these cannot be told to skip on the device
         for optimizer in self.optimizers:
             if self.scaler.is_enabled():
                 self.scaler.step(optimizer)
@@ -199,7 +204,10 @@ class Trainer:
     def _loop(self) -> int:
         config, progress = self.config, self.progress
         self._announce()
-        self.out_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"out_dir={self.out_dir}: there is a file of that name") from None
         resume_step = progress.step if config.init_from == "resume" else None
         self.report = Report(self.out_dir, dataclasses.asdict(config), resume_step)
         self.started = time.perf_counter() - progress.seconds

@@ -81,7 +81,7 @@ def damaged(path: Path, how: str) -> None:
         ("missing", "is missing: train first"),
         ("empty", "truncated or not a checkpoint"),
         ("text", "not a checkpoint"),
-        ("folder", "is a folder"),
+        ("folder", "Is a directory"),
         ("truncated", "truncated"),
         ("another zip", "not a checkpoint"),
         ("pickle", "nothing in it was run"),

@@ -78,6 +78,7 @@ def test_the_first_loss_is_that_of_a_uniform_guess(vocab_size, n_embd):
 def test_overfits_one_batch(switches):
     model = tiny(switches, is_random=False, n_embd=32).train()
     idx, targets = random_ids(2, 8), random_ids(2, 8).flip(1)
+    idx[:, 0] = torch.tensor([0, 1])  # tells the rows apart
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(200):
         loss = model(idx, targets)[1]

@@ -1,0 +1,243 @@
+"""The commands from outside: exit codes, files, signals, and runs as a user makes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPO, TINY, command, is_one_error_line
+
+NANOGPT_STYLE = """\
+import time
+
+out_dir = 'out-shakespeare-char'
+eval_interval = 5 # keep frequent
+eval_iters = 20
+log_interval = 10
+always_save_checkpoint = False
+
+wandb_log = False
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'ft-' + str(time.time())
+
+dataset = 'tiny'
+gradient_accumulation_steps = 5 * 8 // 20
+batch_size = 4
+block_size = 16
+
+n_layer = 2
+n_head = 2
+n_embd = 16
+dropout = 0.2
+
+learning_rate = 1e-3
+max_iters = 10
+lr_decay_iters = 10
+min_lr = 1e-4
+beta2 = 0.99
+weight_decay = 1e-1
+warmup_iters = 100
+decay_lr = False
+backend = 'nccl'
+device = 'cpu'
+dtype = 'bfloat16'
+compile = False
+"""
+
+
+@pytest.mark.parametrize("script", ["prepare", "train", "sample"])
+def test_help_is_quick_and_complete(folder, script):
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = command(script, "--help")
+        seconds.append(time.perf_counter() - start)
+    assert (done.returncode, done.stderr) == (0, "") and f"python {script}.py" in done.stdout
+    assert min(seconds) < 0.5
+    probe = f"import sys, {script}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe], cwd=REPO).returncode == 0
+
+
+def test_prepare_train_resume_sample(tiny):
+    """The whole way in real processes, in a folder that is not the checkout."""
+    first = command("train", *TINY, "--max_iters=3")
+    assert (first.returncode, first.stderr) == (0, "")
+    resumed = command("train", "--out_dir=out", "--init_from=resume", "--max_iters=6")
+    assert resumed.returncode == 0 and "resuming after step 3 of 6" in resumed.stdout
+    sampled = command("sample", "--out_dir=out", "--num_samples=1", "--max_new_tokens=20")
+    assert sampled.returncode == 0 and len(sampled.stdout) > 20
+    assert sorted(p.name for p in Path("out").iterdir()) == ["best.pt", "ckpt.pt", "metrics.jsonl"]
+
+
+def test_a_nanogpt_config_runs_unmodified(tiny, call):
+    Path("train_shakespeare_char.py").write_text(NANOGPT_STYLE)
+    assert call("train", "train_shakespeare_char.py")[0] == 0
+    saved = torch.load("out-shakespeare-char/ckpt.pt", weights_only=True)
+    assert saved["config"]["gradient_accumulation_steps"] == 2 and saved["step"] == 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_prints_the_resume_command(tiny, number):
+    line = [sys.executable, REPO / "train.py", *TINY, "--max_iters=100000", "--log_interval=1"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        while "step 5/" not in run.stdout.readline():
+            pass
+        run.send_signal(number)
+        out, err = run.communicate(timeout=60)
+    assert (run.returncode, err) == (128 + number, "")
+    assert "python train.py --out_dir=out --init_from=resume" in out
+    step = torch.load("out/ckpt.pt", weights_only=True)["step"]
+    lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert step >= 5 and max(line["step"] for line in lines) == step
+
+
+def test_kill_and_resume_equals_the_undisturbed_run(tiny):
+    """SIGKILL, also inside a checkpoint write: the long form of this is in test_kill.py."""
+    flags = [*TINY, "--max_iters=40", "--eval_interval=1", "--dropout=0.1"]
+    assert command("train", *flags, "--out_dir=whole").returncode == 0
+    slow_save = (
+        "import sys, time, os, torch, train, errors; save = torch.save\n"
+        "def killed(value, file):\n"
+        "    save(value, file)\n"
+        "    if value['step'] == 20: file.truncate(1000); file.flush(); os.kill(os.getpid(), 9)\n"
+        "torch.save = killed; errors.run_script(train.main)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-c", slow_save, *flags, "--out_dir=parts"]
+    assert subprocess.run(line, env=environment, capture_output=True).returncode == -9
+    assert list(Path("parts").glob("*.tmp")), "killed inside a write"
+    assert command("train", "--out_dir=parts", "--init_from=resume").returncode == 0
+    whole, parts = (torch.load(f"{d}/ckpt.pt", weights_only=True) for d in ("whole", "parts"))
+    assert all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
+    steps = [
+        [json.loads(line)["step"] for line in Path(f"{d}/metrics.jsonl").read_text().splitlines()]
+        for d in ("whole", "parts")
+    ]
+    assert steps[0] == steps[1]
+
+
+def test_a_reader_that_leaves_early_is_no_error(tiny, call):
+    call("train", *TINY)
+    line = f"{sys.executable} {REPO}/sample.py --num_samples=50 --device=cpu | head -c 20"
+    done = subprocess.run(line, shell=True, capture_output=True)
+    assert done.stderr == b"" and len(done.stdout) == 20
+
+
+# ---- wrong input: exit 2, one line, nothing lost ------------------------------------------------
+
+
+def edit_meta(**changes):
+    path = Path("data/tiny/meta.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def spoil_ids(path: str):
+    Path(path).write_bytes(b"\xff" * Path(path).stat().st_size)
+
+
+def write(path: str, content: str | bytes):
+    Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+@pytest.mark.parametrize(
+    ("argv", "damage", "complaint"),
+    [
+        (["--lerning_rate=1"], None, "--lerning_rate: no such option, did you mean learning_rate?"),
+        (["bad.py"], lambda: write("bad.py", "n_layers = 3"), "bad.py: n_layers: no such option"),
+        (["bad.py"], lambda: write("bad.py", "n_layer = '3'"), "n_layer: expected a whole number"),
+        (["bad.py"], lambda: write("bad.py", "n_layer = (3"), "bad.py, line 1"),
+        (["config/none.py"], None, "config/none.py: No such file"),
+        (["--n_layer=two"], None, "n_layer: expected a whole number, got 'two'"),
+        (["--n_layer"], None, "--n_layer needs a value"),
+        (["--n_embd=15"], None, "n_embd=15 is not divisible by n_head=2"),
+        (["--position=rotary", "--n_embd=6"], None, "heads of 3"),
+        (["--block_size=1999999"], None, "block_size=1999999 does not fit"),
+        (["--block_size=3000"], None, "val.bin"),
+        (["--dataset=other"], None, "python prepare.py other"),
+        (["--dataset=../tiny"], None, "plain folder name"),
+        ([], lambda: write("data/tiny/train.bin", b"abc"), "train.bin has 3 bytes"),
+        ([], lambda: write("data/tiny/val.bin", b""), "val.bin has 0 bytes"),
+        ([], lambda: Path("data/tiny/val.bin").unlink(), "val.bin: No such file"),
+        ([], lambda: write("data/tiny/meta.json", "{"), "not valid JSON"),
+        ([], lambda: write("data/tiny/meta.json", "{}"), "does not describe a Quill dataset"),
+        ([], lambda: spoil_ids("data/tiny/val.bin"), "val.bin: token id 65535 does not fit"),
+        ([], lambda: edit_meta(vocab_size=3), "vocab_size=3, but its tokenizer has 30"),
+        ([], lambda: edit_meta(tokenizer={"kind": "morse"}), "no usable tokenizer"),
+        (["--device=cuda:99"], None, "device=cuda:99: there is none here"),
+        (["--dropout=1.5"], None, "dropout=1.5"),
+        (["--batch_size=0"], None, "batch_size=0"),
+        (["--init_from=elsewhere"], None, "init_from: expected 'scratch' or 'resume'"),
+    ],
+)
+def test_wrong_input_to_train(tiny, call, argv, damage, complaint):
+    call("train", *TINY, "--max_iters=1")
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    if damage:
+        damage()
+    code, _, err = call("train", *TINY, *argv)
+    assert code == 2 and is_one_error_line(err) and complaint in err
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "damage", "complaint"),
+    [
+        (["--out_dir=nowhere"], None, "nowhere/ckpt.pt is missing"),
+        (["--n_layer=3", "--n_embd=32"], None, "n_layer is 2 there and 3 here, n_embd is 16"),
+        (["--optimizer=muon"], None, "optimizer is 'adamw' there and 'muon' here"),
+        (["--max_iters=3"], None, "max_iters=3 lies before step 6"),
+        ([], lambda: write("out/ckpt.pt", b"PK\x03\x04 nonsense"), "out/ckpt.pt"),
+        ([], lambda: write("out/ckpt.pt", Path("out/best.pt").read_bytes()), "optimizers"),
+        ([], lambda: write("out/ckpt.pt", Path("out/ckpt.pt").read_bytes()[:5000]), "truncated"),
+    ],
+)
+def test_wrong_input_to_resume(tiny, call, argv, damage, complaint):
+    call("train", *TINY)
+    if damage:
+        damage()
+    code, _, err = call("train", "--init_from=resume", *argv)
+    assert code == 2 and is_one_error_line(err) and complaint in err
+
+
+def test_resume_on_another_text_is_refused(tiny, call):
+    call("train", *TINY)
+    write("other.txt", "completely different characters 0123456789 " * 30)
+    call("prepare", "tiny", "--input=other.txt")
+    code, _, err = call("train", "--init_from=resume")
+    assert code == 2 and "vocab_size is" in err and "another tokenizer" in err
+
+
+def test_an_error_from_a_real_process(folder):
+    done = command("train", "--dataset=none")
+    assert done.returncode == 2 and is_one_error_line(done.stderr) and done.stdout == ""
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(tiny, call):
+    Path("locked").mkdir(mode=0o500)
+    code, _, err = call("train", *TINY, "--out_dir=locked/out")
+    assert code == 1 and is_one_error_line(err) and "locked/out: Permission denied" in err
+
+
+def test_an_out_dir_that_is_a_file(tiny, call):
+    write("taken", "x")
+    code, _, err = call("train", *TINY, "--out_dir=taken")
+    assert code == 2 and is_one_error_line(err) and "out_dir=taken" in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("name", ["ckpt.pt", "best.pt"])
+def test_a_full_disk_ends_the_run_and_keeps_what_was_there(tiny, call, name):
+    call("train", *TINY)
+    before = Path(f"out/{name}").read_bytes()
+    Path(f"out/{name}.tmp").symlink_to("/dev/full")
+    code, _, err = call("train", *TINY, "--seed=5")
+    assert code == 1 and is_one_error_line(err) and "No space left" in err and "out" in err
+    assert Path(f"out/{name}").read_bytes() == before

@@ -1,0 +1,96 @@
+"""What only a GPU can show. Each test is skipped, visibly, where there is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+import settings
+from model import GPT, GPTConfig, generate
+from train import TrainConfig
+from trainer import Trainer
+
+pytestmark = pytest.mark.cuda
+
+ON_GPU = [flag for flag in TINY if not flag.startswith("--device")]
+DROPOUT = ["--dropout=0.2", "--max_iters=12", "--log_interval=1"]
+
+
+def test_cuda_is_taken_without_a_flag(tiny, call):
+    code, out, err = call("train", *ON_GPU, "--compile=false")
+    assert (code, err) == (0, "") and torch.cuda.get_device_name() in out
+    assert call("sample", "--num_samples=2", "--max_new_tokens=40")[0] == 0
+
+
+def test_compiled_and_plain_runs_agree(tiny, call):
+    for name, flags in {"plain": ["--compile=false"], "compiled": []}.items():
+        flags = [*ON_GPU, "--dtype=float32", f"--out_dir={name}", *flags]
+        assert call("train", *flags)[0] == 0
+    losses = [
+        [json.loads(line).get("val_loss") for line in Path(f"{name}/metrics.jsonl").open()]
+        for name in ("plain", "compiled")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("flags", [["--compile=false"], ["--optimizer=muon", "--compile=false"]])
+def test_resume_is_bitwise_equal_to_never_stopping(tiny, call, flags):
+    flags = [*ON_GPU, *DROPOUT, *flags]
+    call("train", *flags, "--out_dir=whole")
+    call("train", *flags, "--out_dir=parts", "--max_iters=6", "--lr_decay_iters=12")
+    call("train", "--out_dir=parts", "--init_from=resume", "--max_iters=12")
+    whole, parts = (torch.load(f"{d}/ckpt.pt", weights_only=True) for d in ("whole", "parts"))
+    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+
+
+@pytest.mark.parametrize("flags", [["--dtype=bfloat16"], ["--dtype=float32"]])
+def test_a_step_does_not_wait_for_the_device(tiny, flags):
+    run = Trainer(settings.load(TrainConfig, [*ON_GPU, "--compile=false", *flags], usage=""))
+    run.train_step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights(tiny):
+    run = Trainer(settings.load(TrainConfig, [*ON_GPU, "--compile=false"], usage=""))
+    run.train_step()
+    before = {name: p.clone() for name, p in run.model.state_dict().items()}
+    forward, run.forward = run.forward, lambda *a, **k: (None, forward(*a, **k)[1] * float("nan"))
+    run.train_step()
+    run.forward = forward
+    run.train_step()
+    assert int(run.first_bad_step) == 1
+    assert all(torch.equal(p, before[name]) for name, p in run.model.state_dict().items())
+
+
+def test_float16_trains_with_loss_scaling(tiny, call):
+    assert call("train", *ON_GPU, "--dtype=float16", "--compile=false", "--max_iters=40")[0] == 0
+    saved = torch.load("out/ckpt.pt", weights_only=True)
+    assert saved["scaler"]["scale"] > 0 and saved["progress"]["best_val_loss"] < 3.4
+
+
+def test_cached_equals_uncached_and_the_cpu():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(16, 11, 2, 2, 32, position="rotary")).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    idx, noise = torch.zeros(3, 1, dtype=torch.int64), torch.rand(3, 40)
+    texts = []
+    for device, use_cache in (("cpu", True), ("cuda", True), ("cuda", False)):
+        model.to(device)
+        steps = generate(model, idx.to(device), noise.to(device), use_cache=use_cache)
+        texts.append(torch.stack([*steps]).cpu())
+    assert torch.equal(texts[0], texts[1]) and torch.equal(texts[1], texts[2])
+
+
+def test_a_model_too_large_for_the_device_says_what_to_do(tiny, call):
+    flags = ["--n_embd=4096", "--n_head=32", "--batch_size=100000", "--compile=false"]
+    code, _, err = call("train", *ON_GPU, *flags)
+    assert code == 1 and err.count("\n") == 1 and "halve it" in err

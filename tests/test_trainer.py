@@ -1,0 +1,424 @@
+"""The loop's promises, in this process: what a step, an evaluation and a resume are."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+import checkpoint
+import dataset
+import runtime
+import settings
+from train import TrainConfig, learning_rate_at
+from trainer import Trainer
+
+
+def trainer(*flags: str) -> Trainer:
+    return Trainer(settings.load(TrainConfig, [*TINY, *flags], usage=""))
+
+
+def weights(path="out/ckpt.pt") -> dict[str, torch.Tensor]:
+    return checkpoint.load(Path(path))["model"]
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def metrics(path="out/metrics.jsonl") -> list[dict]:
+    """The lines without what depends on the clock."""
+    clock = {"seconds", "ms_per_step", "tokens_per_s"}
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+# ---- files and counts --------------------------------------------------------------------------
+
+
+def test_max_iters_updates_and_evaluations_at_both_ends(tiny, call):
+    code, out, err = call("train", *TINY, "--max_iters=7", "--log_interval=2")
+    assert (code, err) == (0, "")
+    saved = torch.load("out/ckpt.pt", weights_only=True)
+    assert saved["step"] == 7 and saved["progress"]["tokens"] == 7 * 2 * 4 * 16
+    adamw = saved["optimizers"][0]["state"]
+    assert {int(state["step"]) for state in adamw.values()} == {7}
+    lines = metrics()
+    assert [line["step"] for line in lines if "val_loss" in line] == [0, 3, 6, 7]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 6]
+    assert set(lines[0]) == {"step", "train_loss", "val_loss", "lr", "tokens"}
+    assert set(lines[1]) == {"step", "loss", "grad_norm", "lr", "mfu"}
+    assert lines[1]["mfu"] is None, "a CPU's peak is not known"
+    assert "step 7: train loss" in out and "ms/step" in out and "to go" in out
+
+
+def plain(value) -> bool:
+    if isinstance(value, dict):
+        return all(plain(k) and plain(v) for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(plain, value))
+    return type(value) in (int, float, str, bool, type(None), torch.Tensor)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_checkpoints_hold_only_plain_types_and_all_that_is_promised(tiny, call, optimizer):
+    call("train", *TINY, f"--optimizer={optimizer}")
+    for name in ("ckpt.pt", "best.pt"):
+        saved = torch.load(f"out/{name}", weights_only=True)
+        assert plain(saved) and {"model", "model_config", "config", "tokenizer"} <= saved.keys()
+        assert saved["config"]["n_embd"] == 16 and saved["tokenizer"]["kind"] == "char"
+
+
+def test_best_holds_the_weights_of_the_lowest_val_loss(tiny, call):
+    call("train", *TINY, "--max_iters=60", "--learning_rate=0.3", "--grad_clip=0", "--beta2=0.5")
+    evaluations = {line["step"]: line["val_loss"] for line in metrics() if "val_loss" in line}
+    best = torch.load("out/best.pt", weights_only=True)
+    assert best["step"] == min(evaluations, key=evaluations.get) < 60
+    again = trainer()
+    again.model.load_state_dict(best["model"])
+    assert again.evaluate()["val_loss"] == evaluations[best["step"]]
+    assert torch.load("out/ckpt.pt", weights_only=True)["step"] == 60
+
+
+def test_without_always_save_only_improvements_and_the_end_are_saved(tiny, call, monkeypatch):
+    saves = []
+    monkeypatch.setattr(
+        checkpoint, "save", lambda path, saved: saves.append((path.name, saved["step"]))
+    )
+    losses = iter([3.0, 2.0, 2.5, 2.6])
+    monkeypatch.setattr(
+        Trainer,
+        "evaluate",
+        lambda self: {"step": self.progress.step, "train_loss": 1.0, "val_loss": next(losses)},
+    )
+    call("train", *TINY, "--max_iters=9", "--always_save_checkpoint=false")
+    assert [step for name, step in saves if name == "ckpt.pt"] == [0, 3, 9]
+    assert [step for name, step in saves if name == "best.pt"] == [0, 3]
+
+
+def test_patience_stops_early_and_saves(tiny, call, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.6, 9.9])
+    monkeypatch.setattr(
+        Trainer,
+        "evaluate",
+        lambda self: {"step": self.progress.step, "train_loss": 1.0, "val_loss": next(losses)},
+    )
+    assert call("train", *TINY, "--max_iters=90", "--patience=2")[0] == 0
+    assert torch.load("out/ckpt.pt", weights_only=True)["step"] == 9
+
+
+def test_eval_only_writes_nothing(tiny, call):
+    code, out, _ = call("train", *TINY, "--eval_only=true")
+    assert code == 0 and "val loss" in out and not Path("out").exists()
+
+
+# ---- determinism -------------------------------------------------------------------------------
+
+DROPOUT = ["--dropout=0.2", "--max_iters=12", "--log_interval=1"]
+
+
+def test_the_same_command_makes_the_same_run(tiny, call):
+    call("train", *TINY, *DROPOUT, "--out_dir=a")
+    call("train", *TINY, *DROPOUT, "--out_dir=b")
+    assert same(weights("a/ckpt.pt"), weights("b/ckpt.pt"))
+    assert metrics("a/metrics.jsonl") == metrics("b/metrics.jsonl")
+    call("train", *TINY, *DROPOUT, "--out_dir=c", "--seed=2")
+    assert not same(weights("a/ckpt.pt"), weights("c/ckpt.pt"))
+
+
+def test_evaluating_does_not_touch_the_training(tiny, call):
+    call("train", *TINY, *DROPOUT, "--out_dir=a", "--eval_interval=1")
+    call("train", *TINY, *DROPOUT, "--out_dir=b", "--eval_interval=1000", "--eval_iters=1")
+    assert same(weights("a/ckpt.pt"), weights("b/ckpt.pt"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--optimizer=adamw"],
+        ["--optimizer=muon", "--position=rotary", "--norm=rmsnorm"],
+        ["--dtype=bfloat16"],
+        ["--dtype=float16"],
+        ["--lr_schedule=wsd", "--gradient_accumulation_steps=1", "--tied_head=false"],
+    ],
+)
+@pytest.mark.parametrize("stop_at", [1, 6, 8])  # between evaluations, at one
+def test_resume_is_bitwise_equal_to_never_stopping(tiny, call, monkeypatch, flags, stop_at):
+    flags = [*TINY, *DROPOUT, *flags]
+    assert call("train", *flags, "--out_dir=whole")[0] == 0
+    train_step = Trainer.train_step
+
+    def interrupted(self):
+        result = train_step(self)
+        if self.progress.step == stop_at:
+            signal_self()
+        return result
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    assert call("train", *flags, "--out_dir=parts")[0] == 143
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    code, out, _ = call("train", "--out_dir=parts", "--init_from=resume")
+    assert code == 0 and f"resuming after step {stop_at}" in out
+    whole, parts = (torch.load(f"{d}/ckpt.pt", weights_only=True) for d in ("whole", "parts"))
+    assert same(whole["model"], parts["model"])
+    for a, b in zip(whole["optimizers"], parts["optimizers"], strict=True):
+        assert all(same_state(a["state"][i], b["state"][i]) for i in a["state"])
+    assert metrics("whole/metrics.jsonl") == metrics("parts/metrics.jsonl")
+    assert same(weights("whole/best.pt"), weights("parts/best.pt"))
+
+
+def same_state(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def signal_self():
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_resume_drops_lines_beyond_the_checkpoint_and_a_half_written_one(tiny, call):
+    call("train", *TINY, "--log_interval=1")
+    before = metrics()
+    with Path("out/metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
+    assert call("train", "--init_from=resume", "--max_iters=9")[0] == 0
+    after = metrics()
+    assert after[: len(before)] == before
+    assert [line["step"] for line in after[len(before) :]] == [7, 8, 9, 9]
+
+
+def test_resume_of_a_finished_run_changes_nothing(tiny, call):
+    call("train", *TINY)
+    before = weights(), metrics()
+    code, out, _ = call("train", "--init_from=resume")
+    assert code == 0 and "done after step 6" in out
+    assert same(weights(), before[0]) and metrics() == before[1]
+
+
+# ---- one step ----------------------------------------------------------------------------------
+
+
+def gradients_of(run: Trainer) -> dict[str, torch.Tensor]:
+    kept = {}
+    run._update = lambda loss: kept.update(
+        {name: p.grad.clone() for name, p in run.model.named_parameters()}
+    )
+    kept["loss"] = run.train_step()[0]
+    return kept
+
+
+def test_masked_accumulation_equals_one_big_batch(tiny, monkeypatch):
+    """The micro-steps hold 61, 3, ... targets that count: a mean of means would be wrong."""
+    windows = dataset.Split.windows
+
+    def masked(self, starts, block_size):
+        idx, targets = windows(self, starts, block_size)
+        rows = torch.from_numpy(starts)[:, None]
+        return idx, targets.masked_fill((idx * 7 + rows) % 64 < rows % 64, -1)
+
+    monkeypatch.setattr(dataset.Split, "windows", masked)
+    big = gradients_of(trainer("--batch_size=8", "--gradient_accumulation_steps=1"))
+    for flags in (
+        ("--batch_size=2", "--gradient_accumulation_steps=4"),
+        ("--batch_size=1", "--gradient_accumulation_steps=8"),
+    ):
+        parts = gradients_of(trainer(*flags))
+        for name, expected in big.items():
+            torch.testing.assert_close(parts[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_targets(tiny):
+    run = trainer()
+    starts = dataset.train_starts(len(run.train_split), 16, 8, 1337, 0)
+    idx, targets = run.train_split.windows(starts, 16)
+    expected = run.model(idx, targets)[1].item()
+    assert run.train_step()[0].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_gradients_are_clipped_and_their_norm_before_is_reported(tiny):
+    free, clipped = trainer("--grad_clip=0"), trainer("--grad_clip=0.01")
+    norms = [float(run.train_step()[1]) for run in (free, clipped)]
+    assert norms[0] == pytest.approx(norms[1]) and norms[0] > 0.01
+    moments = [
+        math.sqrt(sum(float(s["exp_avg"].square().sum()) for s in run.optimizers[0].state.values()))
+        for run in (free, clipped)
+    ]
+    assert moments[1] / moments[0] == pytest.approx(0.01 / norms[0], rel=1e-3)
+
+
+def test_only_matrices_are_decayed(tiny):
+    run = trainer("--weight_decay=0.5", "--optimizer=muon")
+    decays = {
+        id(p): group["weight_decay"]
+        for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]
+    }  # fmt: skip
+    for p in run.model.parameters():
+        assert decays[id(p)] == (0.5 if p.dim() == 2 else 0.0)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--optimizer=adamw"], ["--optimizer=muon"], ["--dtype=float16"]]
+)
+def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, call, monkeypatch, flags):
+    train_step = Trainer.train_step
+    kept = {}
+
+    def poisoned(self):
+        if self.progress.step == 4:
+            kept.update({name: p.clone() for name, p in self.model.state_dict().items()})
+            forward = self.forward
+            self.forward = lambda *a, **k: (None, forward(*a, **k)[1] * math.nan)
+            try:
+                return train_step(self)
+            finally:
+                self.forward, kept["run"] = forward, self
+        return train_step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", poisoned)
+    code, _, err = call(
+        "train", *TINY, *flags, "--max_iters=12", "--eval_interval=6", "--log_interval=2"
+    )
+    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1
+    assert "at step 5" in err and "learning_rate" in err
+    run = kept.pop("run")
+    assert same(kept, run.model.state_dict())
+    assert torch.load("out/ckpt.pt", weights_only=True)["step"] == 0
+
+
+def test_a_val_loss_that_is_not_finite_saves_nothing(tiny, call, monkeypatch):
+    monkeypatch.setattr(Trainer, "_mean_loss", lambda self, split, whole: math.inf)
+    code, _, err = call("train", *TINY)
+    assert code == 1 and "not finite" in err and not list(Path("out").iterdir())
+
+
+def test_out_of_memory_says_what_to_do(tiny, call, monkeypatch):
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(Trainer, "train_step", full)
+    code, _, err = call("train", *TINY)
+    assert code == 1 and err.count("\n") == 1
+    assert "batch_size=4: halve it and double gradient_accumulation_steps" in err
+
+
+def test_a_slow_run_on_a_cpu_says_so_at_its_first_log_line(tiny, call, monkeypatch):
+    monkeypatch.setattr("report.SLOW_RUN_SECONDS", 0)
+    out = call("train", *TINY)[1]
+    assert out.index("config/shakespeare_char_cpu.py") < out.index("step 3")
+    assert out.count("config/shakespeare_char_cpu.py") == 1
+
+
+# ---- evaluation --------------------------------------------------------------------------------
+
+
+def test_val_loss_is_the_mean_over_every_val_token_but_the_first(tiny):
+    run = trainer()
+    val = torch.from_numpy(run.val_split.ids.astype(np.int64))
+    total = 0.0
+    for start in range(0, len(val) - 1, 16):
+        window = val[start : start + 17]
+        _, loss = run.model(window[None, :-1], window[None, 1:], reduction="sum")
+        total += loss.item()
+    assert run.evaluate()["val_loss"] == pytest.approx(total / (len(val) - 1), rel=1e-6)
+    assert run.evaluate() == run.evaluate()
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(tiny):
+    losses = [trainer(f"--batch_size={n}").evaluate()["val_loss"] for n in (1, 7, 64)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+def test_a_large_val_split_is_evaluated_in_part(tiny, monkeypatch):
+    monkeypatch.setattr(dataset, "MAX_TOKENS_EVALUATED_WHOLE", 100)
+    run = trainer("--eval_iters=5")
+    seen = []
+    windows = run.val_split.windows
+    run.val_split.windows = lambda starts, n: seen.extend(starts.tolist()) or windows(starts, n)
+    run.evaluate()
+    assert len([start for start in seen if start < len(run.val_split)]) == 5
+
+
+# ---- schedule, device, dtype -------------------------------------------------------------------
+
+
+def rate(step, **changes):
+    config = TrainConfig(
+        **{"learning_rate": 1.0, "min_lr": 0.1, "warmup_iters": 10, "max_iters": 110} | changes
+    )
+    return learning_rate_at(config, step)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("cosine", {10: 1.0, 60: 0.55, 110: 0.1, 500: 0.1}),
+        ("linear", {10: 1.0, 35: 0.775, 60: 0.55, 110: 0.1, 500: 0.1}),
+        ("wsd", {10: 1.0, 60: 1.0, 90: 1.0, 100: 0.55, 110: 0.1, 500: 0.1}),
+    ],
+)
+def test_schedules(schedule, expected):
+    warmup = {0: 1 / 11, 4: 5 / 11, 9: 10 / 11}
+    for step, value in (warmup | expected).items():
+        assert rate(step, lr_schedule=schedule) == pytest.approx(value), step
+    early = rate(60, lr_schedule=schedule, lr_decay_iters=60)
+    assert early == pytest.approx(0.1), "lr_decay_iters is where min_lr is reached"
+
+
+def test_constant_schedules():
+    assert rate(0, lr_schedule="constant") == rate(500, decay_lr=False) == 1.0
+    assert rate(60, lr_schedule="wsd", wsd_decay_share=0.0) == 1.0
+
+
+def test_no_warmup_and_no_steps():
+    assert rate(0, warmup_iters=0) == 1.0
+    assert rate(0, warmup_iters=0, max_iters=0) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_peak_is_known_or_none(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    cuda = torch.device("cuda")
+    assert runtime.peak_flops(cuda, torch.bfloat16) == peak
+    assert runtime.peak_flops(cuda, torch.float32) is None
+    assert runtime.peak_flops(torch.device("cpu"), torch.bfloat16) is None
+
+
+def test_padded_vocabulary(tiny, call):
+    assert call("train", *TINY, "--vocab_multiple=64")[0] == 0
+    saved = torch.load("out/ckpt.pt", weights_only=True)
+    assert saved["model_config"]["vocab_size"] == 64 > len(saved["tokenizer"]["chars"])
+    assert call("train", "--init_from=resume", "--max_iters=8")[0] == 0
+
+
+def test_tensorboard_gets_the_metrics(tiny, call):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert call("train", *TINY, "--tensorboard_log=true")[0] == 0
+    written = events.EventAccumulator("out/tensorboard")
+    written.Reload()
+    val = [(event.step, event.value) for event in written.Scalars("val_loss")]
+    expected = [(line["step"], line["val_loss"]) for line in metrics() if "val_loss" in line]
+    assert [step for step, _ in val] == [step for step, _ in expected]
+    assert [value for _, value in val] == pytest.approx([value for _, value in expected])
+
+
+def test_a_missing_extra_names_its_install_command(tiny, call, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    code, _, err = call("train", *TINY, "--wandb_log=true")
+    assert code == 2 and "pip install '.[track]'" in err
