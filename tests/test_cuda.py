@@ -30,10 +30,10 @@ def test_compiled_and_plain_runs_agree(tiny, call):
     for name, flags in {"plain": ["--compile=false"], "compiled": []}.items():
         flags = [*ON_GPU, "--dtype=float32", f"--out_dir={name}", *flags]
         assert call("train", *flags)[0] == 0
-    losses = [
-        [json.loads(line).get("val_loss") for line in Path(f"{name}/metrics.jsonl").open()]
-        for name in ("plain", "compiled")
-    ]
+    losses = []
+    for name in ("plain", "compiled"):
+        lines = map(json.loads, Path(f"{name}/metrics.jsonl").read_text().splitlines())
+        losses.append([line["val_loss"] for line in lines if "val_loss" in line])
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 

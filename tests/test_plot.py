@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import TINY, is_one_error_line
+
+
+def test_loss_curve(tiny, call):
+    image = pytest.importorskip("matplotlib.image")
+    call("train", *TINY)
+    code, out, err = call("plot", "--out_dir=out")
+    assert (code, out, err) == (0, "wrote out/loss.png\n", "")
+    pixels = image.imread("out/loss.png")[..., :3]
+    orange = (abs(pixels - [1.0, 0.498, 0.055]) < 0.02).all(axis=-1)
+    assert orange.sum() > 100, "the val curve is on it"
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "train first"),
+        ("{", "not a metrics file"),
+        ("7", "not a metrics file"),
+        ("", "no evaluation yet"),
+    ],
+)
+def test_nothing_to_draw(folder, call, content, complaint):
+    Path("out").mkdir()
+    if content is not None:
+        Path("out/metrics.jsonl").write_text(content)
+    code, _, err = call("plot")
+    assert code == 2 and is_one_error_line(err) and complaint in err
