@@ -49,6 +49,12 @@ class Report:
                 flush=True,
             )
 
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        for dashboard in self.dashboards:
+            dashboard.close()
+
     def sync(self) -> None:
         """Make sure that no checkpoint is newer on the disk than the lines that led to it."""
         self._open()
@@ -64,10 +70,14 @@ class Report:
 
     def _write(self, record: dict) -> None:
         self._open()
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        for send in self.dashboards:
-            send(record)
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+        for dashboard in self.dashboards:
+            dashboard.send(record)
 
 
 class Pace:
@@ -111,27 +121,39 @@ def _lines_up_to(path: Path, step: int) -> list[bytes]:
     return kept
 
 
-def _open_dashboards(out_dir: Path, config: dict) -> list:
-    """One `send(record)` function for each dashboard that the config asks for."""
-    senders = []
-    if config["wandb_log"]:
+class WandbDashboard:
+    def __init__(self, config: dict):
         wandb = _import_extra("wandb")
-        run = wandb.init(
-            project=config["wandb_project"], name=config["wandb_run_name"], config=config
-        )
-        senders.append(lambda record: run.log(record, step=record["step"]))
+        names = {"project": config["wandb_project"], "name": config["wandb_run_name"]}
+        self.run = wandb.init(**names, config=config)
+
+    def send(self, record: dict) -> None:
+        self.run.log(record, step=record["step"])
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class TensorboardDashboard:
+    def __init__(self, folder: Path):
+        self.writer = _import_extra("torch.utils.tensorboard").SummaryWriter(str(folder))
+
+    def send(self, record: dict) -> None:
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                self.writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def _open_dashboards(out_dir: Path, config: dict) -> list:
+    dashboards: list = []
+    if config["wandb_log"]:
+        dashboards.append(WandbDashboard(config))
     if config["tensorboard_log"]:
-        tensorboard = _import_extra("torch.utils.tensorboard")
-        writer = tensorboard.SummaryWriter(str(out_dir / "tensorboard"))
-
-        def send(record):
-            for name, value in record.items():
-                if name != "step" and value is not None:
-                    writer.add_scalar(name, value, record["step"])
-            writer.flush()
-
-        senders.append(send)
-    return senders
+        dashboards.append(TensorboardDashboard(out_dir / "tensorboard"))
+    return dashboards
 
 
 def _import_extra(name: str):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 
 import numpy as np
 import torch
 
-from errors import InputError
+from errors import InputError, RunError
 
 # Dense bf16/fp16 matrix rate in FLOP/s by a word of the device's name, from the vendor's data
 # sheets; the first that matches counts. Any other device has no MFU rather than a wrong one.
@@ -86,6 +88,22 @@ def describe(device: torch.device) -> str:
     return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA and MPS raise OutOfMemoryError; the CPU's allocator says it in a RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+@contextlib.contextmanager
+def out_of_memory_advice(advice: str):
+    """Turn running out of memory in the block into a RunError that says what to do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # The CPU's allocator says it in a plain RuntimeError.
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and (
+            "allocate memory" not in str(error)
+        ):
+            raise
+        raise RunError(f"out of memory: {advice}") from None
+
+
+def refuse_several_processes() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "training on several processes is not possible yet: run it without torchrun"
+        )

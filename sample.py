@@ -30,7 +30,7 @@ class SampleConfig:
     top_k: int = option(200, "draw from the k likeliest tokens; 0 from all", min=0)
     top_p: float = option(1.0, "draw from the likeliest tokens that reach p together", min=0, max=1)
     stop: str = option("", "end a text where this string appears; it is not printed")
-    seed: int = option(1337, "same seed, same texts", min=0)
+    seed: int = option(1337, "same seed, same texts", min=0, max=2**32 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: DType = option("auto", "format of the weights")
 
@@ -79,14 +79,15 @@ def main(argv: list[str]) -> int:
 
     device = runtime.pick_device(config.device)
     path = checkpoint.find(Path(config.out_dir))
-    model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
-    model = model.eval().to(device, runtime.pick_dtype(config.dtype, device))
-    try:
-        ids = tokenizer.encode(prompt)
-    except InputError as error:
-        raise InputError(f"the prompt does not fit {path}: {error}") from None
     sys.stdout.reconfigure(errors="replace")
-    print_samples(prompt, tokens(model, tokenizer, ids, config), tokenizer, config)
+    with runtime.out_of_memory_advice("lower num_samples or max_new_tokens"):
+        model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
+        model = model.eval().to(device, runtime.pick_dtype(config.dtype, device))
+        try:
+            ids = tokenizer.encode(prompt)
+        except InputError as error:
+            raise InputError(f"the prompt does not fit {path}: {error}") from None
+        print_samples(prompt, tokens(model, tokenizer, ids, config), tokenizer, config)
     return 0
 
 

@@ -75,7 +75,7 @@ class TrainConfig:
     dtype: DType = option("auto", "format of matrix products")
     compile: bool | Literal["auto"] = option("auto", "torch.compile; auto: on CUDA")
     backend: str = option("nccl", "process group backend; one process needs none")
-    seed: int = option(1337, "of weights, data order and dropout", min=0)
+    seed: int = option(1337, "of weights, data order and dropout", min=0, max=2**32 - 1)
 
     @property
     def tokens_per_step(self) -> int:
@@ -106,7 +106,10 @@ def main(argv: list[str]) -> int:
     config = settings.load(TrainConfig, argv, usage=__doc__)
     # Here, not at the top: torch takes a second, --help and typos should not.
     import checkpoint
+    import runtime
     from trainer import Trainer
+
+    runtime.refuse_several_processes()
 
     saved = None
     if config.init_from == "resume":
@@ -114,7 +117,12 @@ def main(argv: list[str]) -> int:
         saved = checkpoint.load(path, for_resume=True)
         # What the command line does not say is as the run had it.
         config = settings.load(TrainConfig, argv, usage=__doc__, base=saved["config"])
-    return Trainer(config, saved).run()
+    advice = (
+        f"halve batch_size={config.batch_size} and double gradient_accumulation_steps, which "
+        "trains the same, or lower block_size, n_embd or n_layer"
+    )
+    with runtime.out_of_memory_advice(advice):
+        return Trainer(config, saved).run()
 
 
 if __name__ == "__main__":

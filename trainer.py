@@ -187,21 +187,9 @@ class Trainer:
 
     def run(self) -> int:
         """-> exit code. Raises InputError or RunError for what the user can mend."""
-        try:
-            if self.config.eval_only:
-                print(loss_line(self.evaluate()))
-                return EXIT_DONE
-            return self._loop()
-        except RuntimeError as error:
-            if not runtime.is_out_of_memory(error):
-                raise
-        raise RunError(
-            f"out of memory on {self.device} with batch_size={self.config.batch_size}: halve it "
-            "and double gradient_accumulation_steps, which trains the same, or lower block_size, "
-            "n_embd or n_layer"
-        )
-
-    def _loop(self) -> int:
+        if self.config.eval_only:
+            print(loss_line(self.evaluate()))
+            return EXIT_DONE
         config, progress = self.config, self.progress
         self._announce()
         try:
@@ -210,6 +198,11 @@ class Trainer:
             raise InputError(f"out_dir={self.out_dir}: there is a file of that name") from None
         resume_step = progress.step if config.init_from == "resume" else None
         self.report = Report(self.out_dir, dataclasses.asdict(config), resume_step)
+        with contextlib.closing(self.report):
+            return self._loop()
+
+    def _loop(self) -> int:
+        config, progress = self.config, self.progress
         self.started = time.perf_counter() - progress.seconds
         self.pace = Pace()
         self.pace.restart(progress.step)
@@ -308,6 +301,7 @@ class Trainer:
             "tokenizer": self.meta.tokenizer,
             "step": self.progress.step,
             "best_val_loss": self.progress.best_val_loss,
+            "text_sha256": self.meta.sha256,
         }
 
     def _save(self) -> None:
@@ -332,6 +326,8 @@ class Trainer:
         ]
         if saved["tokenizer"] != self.meta.tokenizer:
             different.append(f"dataset {self.config.dataset!r} now has another tokenizer")
+        if saved.get("text_sha256") != self.meta.sha256:
+            different.append(f"dataset {self.config.dataset!r} is now made of another text")
         if different:
             raise InputError(
                 f"{path} cannot be resumed: {', '.join(different)}; leave these options out, or "

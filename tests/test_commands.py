@@ -214,6 +214,14 @@ def test_resume_on_another_text_is_refused(tiny, call):
     assert code == 2 and "vocab_size is" in err and "another tokenizer" in err
 
 
+def test_resume_on_a_changed_text_is_refused(tiny, call, text):
+    call("train", *TINY)
+    write("text.txt", text[::-1])
+    call("prepare", "tiny", "--input=text.txt")
+    code, _, err = call("train", "--init_from=resume")
+    assert code == 2 and "another text" in err
+
+
 def test_an_error_from_a_real_process(folder):
     done = command("train", "--dataset=none")
     assert done.returncode == 2 and is_one_error_line(done.stderr) and done.stdout == ""

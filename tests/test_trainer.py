@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ import checkpoint
 import dataset
 import runtime
 import settings
+from report import Report
 from train import TrainConfig, learning_rate_at
 from trainer import Trainer
 
@@ -305,7 +307,31 @@ def test_out_of_memory_says_what_to_do(tiny, call, monkeypatch):
     monkeypatch.setattr(Trainer, "train_step", full)
     code, _, err = call("train", *TINY)
     assert code == 1 and err.count("\n") == 1
-    assert "batch_size=4: halve it and double gradient_accumulation_steps" in err
+    assert "halve batch_size=4 and double gradient_accumulation_steps" in err
+
+
+def test_out_of_memory_on_a_cpu_is_recognised(tiny, call):
+    code, _, err = call("train", *TINY, "--batch_size=1000000000")
+    assert code == 1 and err.count("\n") == 1 and "out of memory: halve" in err
+
+
+def test_a_full_disk_in_the_metrics_names_the_file(tiny, call, monkeypatch):
+    write = Report._write
+
+    class FullDisk:
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def failing(self, record):
+        if record["step"] == 3:
+            self.file.close()
+            self.file = FullDisk()
+        write(self, record)
+
+    monkeypatch.setattr(Report, "_write", failing)
+    monkeypatch.setattr(Report, "close", lambda self: None)
+    code, _, err = call("train", *TINY)
+    assert code == 1 and err.startswith("error: out/metrics.jsonl: No space left on device")
 
 
 def test_a_slow_run_on_a_cpu_says_so_at_its_first_log_line(tiny, call, monkeypatch):
