@@ -82,6 +82,6 @@ def build_model(contents: dict, path: Path) -> tuple[GPT, tokenizers.Tokenizer]:
             raise ValueError(f"unknown switches {sorted(contents['model_config'].keys() - known)}")
         model = GPT(GPTConfig(**contents["model_config"]))
         model.load_state_dict(contents["model"])
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: its weights and its model config disagree: {error}") from None
     return model, tokenizers.from_json(contents["tokenizer"], str(path))

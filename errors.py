@@ -30,14 +30,19 @@ def run_script(main) -> None:
         code = _complain(error, EXIT_BAD_INPUT)
     except RunError as error:
         code = _complain(error, EXIT_FAILED)
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_DONE
+    except BrokenPipeError:
+        silence_stdout()
+        code = _complain("nobody reads the output any more; stopped", EXIT_FAILED)
     except OSError as error:
         code = _complain(describe_os_error(error), EXIT_FAILED)
     except KeyboardInterrupt:
         code = _complain("interrupted", 130)
     sys.exit(code)
+
+
+def silence_stdout() -> None:
+    """After a broken pipe: nothing can be written, and flushing at exit must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def describe_os_error(error: OSError) -> str:
@@ -53,5 +58,7 @@ def describe_os_error(error: OSError) -> str:
 
 
 def _complain(message: object, code: int) -> int:
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)  # over a progress line
     print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     return code

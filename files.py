@@ -12,10 +12,12 @@ from errors import InputError
 
 @contextlib.contextmanager
 def staged(*paths: Path):
-    """Yield one writable binary file for each path; all take their final names together.
+    """Yield one writable binary file for each path.
 
     They are written under `<name>.tmp`, flushed to the disk and, when the block ends well, renamed
     in the order given. When it ends badly they are removed, and whatever was there before stays.
+    Of several, the last makes the others valid: it is away while they change, so that a kill
+    between two renames leaves nothing that looks whole and is not.
     """
     temporary = [path.with_name(path.name + ".tmp") for path in paths]
     handles = []
@@ -27,17 +29,19 @@ def staged(*paths: Path):
             handle.flush()
             os.fsync(handle.fileno())
             handle.close()
+        if len(paths) > 1:
+            paths[-1].unlink(missing_ok=True)
+        for tmp, path in zip(temporary, paths, strict=True):
+            tmp.replace(path)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(paths[0].parent)
+            error.filename = str(paths[0] if len(paths) == 1 else paths[0].parent)
         for handle in handles:
             with contextlib.suppress(OSError):  # closing flushes again what could not be written
                 handle.close()
         for tmp in temporary:
             tmp.unlink(missing_ok=True)
         raise
-    for tmp, path in zip(temporary, paths, strict=True):
-        tmp.replace(path)
     _sync_folder(paths[0].parent)
 
 

@@ -37,7 +37,8 @@ def read_metrics(path: Path) -> list[dict]:
         raise InputError(f"{path}: {error.strerror}; train first, or check --out_dir") from None
     except ValueError:
         raise InputError(f"{path} is not a metrics file") from None
-    if not all(isinstance(record, dict) and "step" in record for record in records):
+    needed = ({"step", "loss"}, {"step", "train_loss", "val_loss"})
+    if not all(isinstance(r, dict) and any(r.keys() >= names for names in needed) for r in records):
         raise InputError(f"{path} is not a metrics file")
     if not any("val_loss" in record for record in records):
         raise InputError(f"{path} holds no evaluation yet")

@@ -159,6 +159,8 @@ def read_text(path: Path, doing: str, each: Callable = lambda data: None) -> Ite
     """The file's text in pieces; `each` sees the raw bytes. Line ends stay as they are."""
     try:
         total = path.stat().st_size
+        if not path.is_file() and not path.is_dir():
+            raise InputError(f"{path} is not a file that can be read twice; save it to one first")
         file = path.open("rb")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
@@ -192,7 +194,9 @@ def choose_tokenizer(name: str, text: Text) -> tokenizers.Tokenizer:
     if name == "gpt2":
         return tokenizers.BPETokenizer.gpt2()
     if name.endswith(".json"):
-        return tokenizers.from_json(dataset.read_meta(Path(name)).tokenizer, name)
+        tokenizer = tokenizers.from_json(dataset.read_meta(Path(name)).tokenizer, name)
+        tokenizer.encode(text.chars)  # names every character that it lacks
+        return tokenizer
     raise InputError(f"tokenizer={name}: use char, byte, gpt2, or DIR/meta.json of a dataset")
 
 
@@ -215,13 +219,15 @@ def tokenize(text: Text, tokenizer) -> Iterator[tuple[str, np.ndarray]]:
 
 def split_text(text: Text) -> Iterator[tuple[str, str]]:
     """(split, piece of text) pairs."""
-    left = int(text.n_chars * TRAIN_SHARE)
+    left, n_chars = int(text.n_chars * TRAIN_SHARE), 0
     for piece in read_text(text.path, "tokenizing"):
         if left > 0:
             yield "train", piece[:left]
         if left < len(piece):
             yield "val", piece[left:]
-        left = max(0, left - len(piece))
+        left, n_chars = max(0, left - len(piece)), n_chars + len(piece)
+    if n_chars != text.n_chars:
+        raise InputError(f"{text.path} changed while it was read; run the same command again")
 
 
 def summary(folder: Path, meta: dataset.Meta, text: Text) -> str:

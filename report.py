@@ -7,9 +7,13 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from errors import InputError
 from files import staged
+
+if TYPE_CHECKING:
+    from trainer import Progress
 
 SLOW_RUN_SECONDS = 3600
 
@@ -20,10 +24,10 @@ class Report:
     A resumed run keeps the lines up to its checkpoint's step; a fresh one starts a new file.
     """
 
-    def __init__(self, out_dir: Path, config: dict, resume_step: int | None):
+    def __init__(self, out_dir: Path, config: dict, resumed: Progress | None):
         self.max_iters = config["max_iters"]
         self.path = out_dir / "metrics.jsonl"
-        self.resume_step = resume_step
+        self.resumed = resumed
         self.file = None
         self.dashboards = _open_dashboards(out_dir, config)
 
@@ -63,7 +67,7 @@ class Report:
     def _open(self) -> None:
         """Only now: a run that fails before it has anything to say leaves an older file whole."""
         if self.file is None:
-            kept = [] if self.resume_step is None else _lines_up_to(self.path, self.resume_step)
+            kept = [] if self.resumed is None else _lines_up_to(self.path, self.resumed)
             with staged(self.path) as (file,):
                 file.writelines(kept)
             self.file = self.path.open("a", encoding="utf-8")
@@ -71,7 +75,7 @@ class Report:
     def _write(self, record: dict) -> None:
         self._open()
         try:
-            self.file.write(json.dumps(record) + "\n")
+            self.file.write(json.dumps(record, allow_nan=False) + "\n")
             self.file.flush()
         except OSError as error:
             error.filename = str(self.path)
@@ -109,12 +113,14 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _lines_up_to(path: Path, step: int) -> list[bytes]:
-    """The lines of the steps that a checkpoint has made, without one cut short by a kill."""
+def _lines_up_to(path: Path, progress: Progress) -> list[bytes]:
+    """The lines that a checkpoint has behind it, without one that a kill cut short."""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            last = progress.evaluated_step if "val_loss" in record else progress.step
+            if line.endswith(b"\n") and record["step"] <= last:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 
@@ -15,6 +16,7 @@ from errors import InputError, RunError
 # sheets; the first that matches counts. Any other device has no MFU rather than a wrong one.
 PEAK_FLOPS = {
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -56,6 +58,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float16
 
 
+def pick_compile(setting: bool | str, device: torch.device) -> bool:
+    """`auto` is torch.compile on CUDA, where it pays, if its code generator is installed."""
+    if setting == "auto":
+        return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return bool(setting)
+
+
 def set_up(device: torch.device) -> None:
     """Process-wide choices: TF32 for what stays float32 on CUDA, and the current device."""
     if device.type == "cuda":
@@ -78,6 +87,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(device)
+    if "MIG" in name:  # a slice of the card
+        return None
     matches = (rate for words, rate in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name))
     return next(matches, None)
 
@@ -94,10 +105,9 @@ def out_of_memory_advice(advice: str):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # The CPU's allocator says it in a plain RuntimeError.
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and (
-            "allocate memory" not in str(error)
-        ):
+        # Not every allocator has an exception type of its own.
+        says_so = re.search("allocate memory|out of memory|ALLOC_FAILED", str(error))
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not says_so:
             raise
         raise RunError(f"out of memory: {advice}") from None
 

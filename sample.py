@@ -16,7 +16,7 @@ import numpy as np
 
 import settings
 import tokenizer as tokenizers
-from errors import InputError, run_script
+from errors import InputError, run_script, silence_stdout
 from settings import DType, option
 
 
@@ -24,15 +24,15 @@ from settings import DType, option
 class SampleConfig:
     out_dir: str = option("out", "the run's folder: its best.pt is used, else its ckpt.pt")
     start: str = option("\n", "the prompt, or FILE:path to read it from a file")
-    num_samples: int = option(10, "texts to generate, as one batch", min=1)
-    max_new_tokens: int = option(500, "tokens in each, beyond the prompt", min=0)
+    num_samples: int = option(10, "texts to generate, as one batch", min=1, max=10**6)
+    max_new_tokens: int = option(500, "tokens in each, beyond the prompt", min=0, max=10**9)
     temperature: float = option(0.8, "below 1 safer, above 1 wilder, 0 always the likeliest", min=0)
     top_k: int = option(200, "draw from the k likeliest tokens; 0 from all", min=0)
     top_p: float = option(1.0, "draw from the likeliest tokens that reach p together", min=0, max=1)
     stop: str = option("", "end a text where this string appears; it is not printed")
     seed: int = option(1337, "same seed, same texts", min=0, max=2**32 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: DType = option("auto", "format of the weights")
+    dtype: DType = option("auto", "format of the weights; auto: float32")
 
 
 SEPARATOR = "---------------"
@@ -82,12 +82,20 @@ def main(argv: list[str]) -> int:
     sys.stdout.reconfigure(errors="replace")
     with runtime.out_of_memory_advice("lower num_samples or max_new_tokens"):
         model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
-        model = model.eval().to(device, runtime.pick_dtype(config.dtype, device))
+        # float32 keeps a text the same whatever is sampled beside it, and is fast enough.
+        dtype = runtime.pick_dtype("float32" if config.dtype == "auto" else config.dtype, device)
+        model = model.eval().to(device, dtype)
         try:
             ids = tokenizer.encode(prompt)
         except InputError as error:
-            raise InputError(f"the prompt does not fit {path}: {error}") from None
-        print_samples(prompt, tokens(model, tokenizer, ids, config), tokenizer, config)
+            raise InputError(
+                f"the prompt does not fit {path}, give another --start: {error}"
+            ) from None
+        try:
+            print_samples(prompt, tokens(model, tokenizer, ids, config), tokenizer, config)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader, `head` say, has seen enough
+            silence_stdout()
     return 0
 
 

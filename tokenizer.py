@@ -21,9 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from errors import InputError
-
-KINDS = ("char", "byte", "gpt2")
+from errors import InputError, RunError
 
 
 class CharTokenizer:
@@ -105,7 +103,7 @@ class BPETokenizer:
         try:
             gpt2 = tiktoken.get_encoding("gpt2")
         except requests.RequestException as error:
-            raise InputError(
+            raise RunError(
                 f"the GPT-2 tokenizer could not be downloaded ({type(error).__name__}): connect "
                 "once, or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has it, or use "
                 "--tokenizer=byte, which needs no download"

@@ -1,4 +1,4 @@
-"""Train a GPT: options, learning-rate schedule, command. The training itself is trainer.py's.
+"""Train a GPT: the command and its options. The training itself is trainer.py's.
 
 Usage:
     python train.py config/shakespeare_char.py [--key=value ...]
@@ -8,7 +8,6 @@ Usage:
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +18,7 @@ from settings import DType, option
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Every option of a run. nanoGPT's names and defaults, where it has the option."""
+    """Every option of a run, under nanoGPT's name where it has the option."""
 
     # files and reporting
     out_dir: str = option("out", "folder for checkpoints and metrics")
@@ -36,9 +35,11 @@ class TrainConfig:
     wandb_run_name: str = option("gpt", "its run name")
     tensorboard_log: bool = option(False, "log to out_dir/tensorboard (needs the 'track' extra)")
     # data
-    batch_size: int = option(12, "windows in a micro-step", min=1)
+    batch_size: int = option(12, "windows in a micro-step", min=1, max=10**6)
     block_size: int = option(1024, "tokens in a window: the longest context", min=1)
-    gradient_accumulation_steps: int = option(40, "micro-steps summed into one step", min=1)
+    gradient_accumulation_steps: int = option(
+        40, "micro-steps summed into one step", min=1, max=10**6
+    )
     # model
     n_layer: int = option(12, "blocks", min=1)
     n_head: int = option(12, "attention heads in a block", min=1)
@@ -82,26 +83,6 @@ class TrainConfig:
         return self.gradient_accumulation_steps * self.batch_size * self.block_size
 
 
-def learning_rate_at(config: TrainConfig, step: int) -> float:
-    """AdamW's rate for the update after `step` updates: warm-up, then the schedule's shape."""
-    if config.lr_schedule == "constant" or not config.decay_lr:
-        return config.learning_rate
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    end = config.lr_decay_iters or config.max_iters
-    if step >= end:
-        return config.min_lr
-    progress = (step - config.warmup_iters) / (end - config.warmup_iters)  # 0 .. 1
-    if config.lr_schedule == "cosine":
-        height = 0.5 * (1 + math.cos(math.pi * progress))
-    elif config.lr_schedule == "linear":
-        height = 1 - progress
-    else:  # warmup-stable-decay, Hu et al. 2024
-        fall = config.wsd_decay_share
-        height = min(1.0, (1 - progress) / fall) if fall else 1.0
-    return config.min_lr + height * (config.learning_rate - config.min_lr)
-
-
 def main(argv: list[str]) -> int:
     config = settings.load(TrainConfig, argv, usage=__doc__)
     # Here, not at the top: torch takes a second, --help and typos should not.
@@ -116,13 +97,16 @@ def main(argv: list[str]) -> int:
         path = Path(config.out_dir) / "ckpt.pt"
         saved = checkpoint.load(path, for_resume=True)
         # What the command line does not say is as the run had it.
-        config = settings.load(TrainConfig, argv, usage=__doc__, base=saved["config"])
+        base = saved["config"] | {"out_dir": config.out_dir}  # the folder may have been moved
+        config = settings.load(TrainConfig, argv, usage=__doc__, base=base)
     advice = (
         f"halve batch_size={config.batch_size} and double gradient_accumulation_steps, which "
         "trains the same, or lower block_size, n_embd or n_layer"
     )
     with runtime.out_of_memory_advice(advice):
-        return Trainer(config, saved).run()
+        trainer = Trainer(config, saved)
+        del saved  # as large as the model and its optimizer
+        return trainer.run()
 
 
 if __name__ == "__main__":

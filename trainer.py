@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import shlex
 import signal
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,8 +21,11 @@ import tokenizer as tokenizers
 from errors import EXIT_DONE, InputError, RunError
 from files import dataset_folder
 from model import GPT, GPTConfig
+from optim import learning_rate_at, make_optimizers, restore, set_learning_rate
 from report import Pace, Report, loss_line
-from train import TrainConfig, learning_rate_at
+
+if TYPE_CHECKING:
+    from train import TrainConfig
 
 
 @dataclasses.dataclass
@@ -57,9 +62,10 @@ class Trainer:
         if saved is not None:
             self._restore(saved)
 
-        self.compiles = self.device.type == "cuda" if config.compile == "auto" else config.compile
+        self.compiles = runtime.pick_compile(config.compile, self.device)
         self.forward = torch.compile(self.model) if self.compiles else self.model
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
+        self.upcoming: list | None = None  # the next step's micro-batches
 
     def _open_dataset(self) -> tuple[dataset.Meta, dataset.Split, dataset.Split]:
         folder = dataset_folder(self.config.dataset)
@@ -84,22 +90,17 @@ class Trainer:
 
     def train_step(self):
         """Make one update; -> (loss, gradient norm before clipping), tensors on the device."""
-        config, step = self.config, self.progress.step
-        self._set_learning_rate(step)
-        runtime.seed_step(config.seed, step)
-        micro_batches = self._micro_batches(step)
-        n_targets = sum((targets != dataset.IGNORE_INDEX).sum() for _, targets in micro_batches)
-        n_targets = n_targets.clamp(min=1)
-        loss = torch.zeros((), device=self.device)
-        for idx, targets in micro_batches:
-            with runtime.autocast(self.device, self.dtype):
-                _, loss_sum = self.forward(idx, targets, reduction="sum")
-            micro_loss = loss_sum / n_targets
-            self.scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
-        norm = self._update(loss)
+        step = self.progress.step
+        set_learning_rate(self.optimizers, self.config, step)
+        micro_batches = self.upcoming or self._micro_batches(step)
+        loss, norm = self._gradients(micro_batches)
+        while self.scaler.is_enabled() and not self._loss_scale_fits(loss, norm):
+            loss, norm = self._gradients(micro_batches)
+        self._update(loss, norm)
         self.progress.step += 1
-        self.progress.tokens += config.tokens_per_step
+        self.progress.tokens += self.config.tokens_per_step
+        # While the device is still at work, and before a log line waits for it.
+        self.upcoming = self._micro_batches(step + 1)
         return loss, norm
 
     def _micro_batches(self, step: int) -> list:
@@ -112,36 +113,53 @@ class Trainer:
         )
         return [self.train_split.windows(part, config.block_size) for part in starts.reshape(shape)]
 
-    def _set_learning_rate(self, step: int) -> None:
-        share = learning_rate_at(self.config, step) / (self.config.learning_rate or 1.0)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = share * group["initial_lr"]
-
-    def _update(self, loss):
-        """Clip and step; from the first non-finite gradient on, the weights stay as they are.
-
-        The fused optimizer skips on the device, so the loop need not wait to find out.
-        """
+    def _gradients(self, micro_batches: list):
+        """Forward and backward; -> (loss, norm of the gradients, which are then clipped)."""
+        runtime.seed_step(self.config.seed, self.progress.step)  # of dropout
+        n_targets = sum((targets != dataset.IGNORE_INDEX).sum() for _, targets in micro_batches)
+        n_targets = n_targets.clamp(min=1)
+        loss = torch.zeros((), device=self.device)
+        for idx, targets in micro_batches:
+            with runtime.autocast(self.device, self.dtype):
+                _, loss_sum = self.forward(idx, targets, reduction="sum")
+            micro_loss = loss_sum / n_targets
+            self.scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         longest = self.config.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), longest)
-        # Loss scaling meets infinite gradients now and then, and skips those steps by itself.
-        watched = loss if self.scaler.is_enabled() else norm
-        is_first_bad = ~torch.isfinite(watched) & (self.first_bad_step < 0)
-        self.first_bad_step = torch.where(is_first_bad, self.progress.step, self.first_bad_step)
-        if self.config.optimizer == "muon" or self.scaler.is_enabled():
-            self.raise_if_not_finite()  # these cannot be told to skip on the device
+        return loss, torch.nn.utils.clip_grad_norm_(self.model.parameters(), longest)
+
+    def _loss_scale_fits(self, loss, norm) -> bool:
+        """For float16: whether the gradients are finite; if not, lower the scale and drop them.
+
+        The step is then made again from the same windows and dropout, so that N stays N updates.
+        """
+        if torch.isfinite(norm):
+            return True
+        if not torch.isfinite(loss) or self.scaler.get_scale() < 1:
+            self.first_bad_step.fill_(self.progress.step)
+            self.raise_if_not_finite()
+        self.scaler.update()
         for optimizer in self.optimizers:
-            if self.scaler.is_enabled():
-                self.scaler.step(optimizer)
-            else:
+            optimizer.zero_grad(set_to_none=True)
+        return False
+
+    def _update(self, loss, norm) -> None:
+        """Step the optimizers; from the first non-finite step on, the weights stay as they are.
+
+        Fused AdamW skips on the device (by `found_inf`), so the loop need not wait to find out.
+        """
+        is_first_bad = ~torch.isfinite(loss + norm) & (self.first_bad_step < 0)
+        self.first_bad_step = torch.where(is_first_bad, self.progress.step, self.first_bad_step)
+        if self.config.optimizer == "muon" or self.device.type == "mps":
+            self.raise_if_not_finite()  # these do not look at found_inf
+        for optimizer in self.optimizers:
+            if not self.scaler.is_enabled():
                 optimizer.found_inf = (self.first_bad_step >= 0).float()
-                optimizer.step()
+            self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        return norm
 
     def raise_if_not_finite(self) -> None:
         bad_step = int(self.first_bad_step)
@@ -196,8 +214,8 @@ class Trainer:
             self.out_dir.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise InputError(f"out_dir={self.out_dir}: there is a file of that name") from None
-        resume_step = progress.step if config.init_from == "resume" else None
-        self.report = Report(self.out_dir, dataclasses.asdict(config), resume_step)
+        resumed = dataclasses.replace(progress) if config.init_from == "resume" else None
+        self.report = Report(self.out_dir, dataclasses.asdict(config), resumed)
         with contextlib.closing(self.report):
             return self._loop()
 
@@ -219,7 +237,7 @@ class Trainer:
             return self._save_and_stop(received[0])
         print(
             f"done after step {progress.step}, best val loss {progress.best_val_loss:.4f}; "
-            f"next: python sample.py --out_dir={config.out_dir}"
+            f"next: python sample.py --out_dir={shlex.quote(config.out_dir)}"
         )
         return EXIT_DONE
 
@@ -253,7 +271,6 @@ class Trainer:
     def _log(self, loss, norm) -> None:
         """The only place in the loop, but for evaluations, that waits for the device."""
         self.raise_if_not_finite()
-        is_first = self.pace.laps == 0
         record = {
             "step": self.progress.step,
             "loss": loss.item(),
@@ -265,8 +282,9 @@ class Trainer:
         peak = runtime.peak_flops(self.device, self.dtype)
         mfu = tokens_per_s * self.model.flops_per_token() / peak if peak else None
         record |= {"ms_per_step": 1000 * seconds, "tokens_per_s": tokens_per_s, "mfu": mfu}
-        is_slow_device = is_first and self.device.type == "cpu"
-        self.report.step(record, not (is_first and self.compiles), is_slow_device)
+        shows_pace = self.pace.laps > self.compiles  # the first lap may be a compiler's
+        is_first = self.pace.laps == 1 + self.compiles
+        self.report.step(record, shows_pace, is_first and self.device.type == "cpu")
 
     def _save_and_stop(self, signal_number: int) -> int:
         self.raise_if_not_finite()
@@ -274,7 +292,7 @@ class Trainer:
         self._save()
         print(
             f"{signal.Signals(signal_number).name}: saved after step {self.progress.step}; go on "
-            f"with: python train.py --out_dir={self.config.out_dir} --init_from=resume"
+            f"with: python train.py --out_dir={shlex.quote(self.config.out_dir)} --init_from=resume"
         )
         return 128 + signal_number
 
@@ -340,11 +358,15 @@ class Trainer:
 
     def _restore(self, saved: dict) -> None:
         try:
+            self.progress = Progress(**saved["progress"])
+            for name, value in vars(Progress()).items():
+                if type(getattr(self.progress, name)) is not type(value):
+                    raise ValueError(f"progress.{name} has another type")
             self.model.load_state_dict(saved["model"])
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            self.scaler.load_state_dict(saved["scaler"])
-            self.progress = Progress(**saved["progress"])
+                restore(optimizer, state, has_stepped=self.progress.step > 0)
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(saved["scaler"])
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             path = self.out_dir / "ckpt.pt"
             raise InputError(f"{path} is not usable for a resume: {error}") from None
@@ -358,27 +380,6 @@ def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
         return GPTConfig(vocab_size=padded, **{name: getattr(config, name) for name in names})
     except ValueError as error:
         raise InputError(str(error)) from None
-
-
-def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest."""
-    groups = model.parameter_groups()
-    optimizers: list[torch.optim.Optimizer] = []
-    matrices = groups["hidden"] + groups["embedding"]
-    if config.optimizer == "muon":
-        rates = {"lr": config.muon_learning_rate, "weight_decay": config.weight_decay}
-        optimizers.append(torch.optim.Muon(groups["hidden"], **rates))
-        matrices = groups["embedding"]
-    decays = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": groups["vector"], "weight_decay": 0.0},
-    ]
-    betas = (config.beta1, config.beta2)
-    optimizers.append(torch.optim.AdamW(decays, lr=config.learning_rate, betas=betas, fused=True))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return optimizers
 
 
 @contextlib.contextmanager

@@ -123,11 +123,14 @@ def test_kill_and_resume_equals_the_undisturbed_run(tiny):
     assert steps[0] == steps[1]
 
 
-def test_a_reader_that_leaves_early_is_no_error(tiny, call):
+def test_a_reader_that_leaves_early(tiny, call):
     call("train", *TINY)
     line = f"{sys.executable} {REPO}/sample.py --num_samples=50 --device=cpu | head -c 20"
     done = subprocess.run(line, shell=True, capture_output=True)
     assert done.stderr == b"" and len(done.stdout) == 20
+    train = f"{sys.executable} {REPO}/train.py {' '.join(TINY)} --max_iters=5000 --log_interval=1"
+    done = subprocess.run(f"({train}; echo $? >code) | head -n 5", shell=True, capture_output=True)
+    assert done.stderr.startswith(b"error: nobody reads") and Path("code").read_text() == "1\n"
 
 
 # ---- wrong input: exit 2, one line, nothing lost ------------------------------------------------
@@ -140,6 +143,24 @@ def edit_meta(**changes):
 
 def spoil_ids(path: str):
     Path(path).write_bytes(b"\xff" * Path(path).stat().st_size)
+
+
+def edit_checkpoint(change):
+    saved = torch.load("out/ckpt.pt", weights_only=True)
+    change(saved)
+    torch.save(saved, "out/ckpt.pt")
+
+
+def short_moment(saved):
+    saved["optimizers"][0]["state"][0]["exp_avg"] = torch.zeros(2)
+
+
+def no_moments(saved):
+    saved["optimizers"][0]["state"] = {}
+
+
+def odd_progress(saved):
+    saved["progress"]["step"] = "6"
 
 
 def write(path: str, content: str | bytes):
@@ -196,6 +217,9 @@ def test_wrong_input_to_train(tiny, call, argv, damage, complaint):
         ([], lambda: write("out/ckpt.pt", b"PK\x03\x04 nonsense"), "out/ckpt.pt"),
         ([], lambda: write("out/ckpt.pt", Path("out/best.pt").read_bytes()), "optimizers"),
         ([], lambda: write("out/ckpt.pt", Path("out/ckpt.pt").read_bytes()[:5000]), "truncated"),
+        ([], lambda: edit_checkpoint(short_moment), "optimizer state does not fit"),
+        ([], lambda: edit_checkpoint(no_moments), "optimizer state does not fit"),
+        ([], lambda: edit_checkpoint(odd_progress), "progress.step has another type"),
     ],
 )
 def test_wrong_input_to_resume(tiny, call, argv, damage, complaint):

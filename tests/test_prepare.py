@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import tokenizer as tokenizers
 from errors import RunError
 
 SHARED_TEXT = REPO.parent / "shared/data/tinyshakespeare.txt"
+GPT2_CACHE = Path(os.environ.get("TIKTOKEN_CACHE_DIR", REPO.parent / "shared/tiktoken"))
 
 
 def decoded(folder: Path) -> tuple[str, str]:
@@ -70,7 +72,7 @@ def test_another_datasets_tokenizer_is_reused(folder, call):
     assert code == 0 and dataset.read(folder / "data/b")[1][:3].tolist() == [9, 8, 7]
     code, _, err = call("prepare", "c", "--input=c.txt", "--tokenizer=data/a/meta.json")
     assert code == 2 and "'X' (U+0058), 'Y' (U+0059), 'Z' (U+005A)" in err
-    assert not Path("data/c/meta.json").exists() and not list(Path("data/c").iterdir())
+    assert not Path("data/c").exists()
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,7 @@ def test_another_datasets_tokenizer_is_reused(folder, call):
         (b"abc", ["mine", "--input=in.txt", "--tokenizer=words"], "use char, byte, gpt2"),
         (b"abc", ["mine", "--input=in.txt", "--tokenizer=x/meta.json"], "x/meta.json: No such"),
         (b"abc", ["mine", "--input=."], ".: Is a directory"),
+        (b"abc", ["mine", "--input=/dev/null"], "read twice"),
         (b"abc", ["mine", "yours", "--input=in.txt"], "one dataset at a time"),
     ],
 )
@@ -194,6 +197,31 @@ def test_a_text_put_in_place_is_used_and_a_wrong_one_is_not(folder, call, monkey
     Path("data/tinyshakespeare.txt").write_bytes(body)
     assert call("prepare")[0] == 0
     assert "".join(decoded(folder / "data/shakespeare_char")).encode() == body
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(folder, call, monkeypatch):
+    Path("in.txt").write_text("hello world, how are you")
+    survey = prepare.survey
+
+    def then_grow(path):
+        text = survey(path)
+        with path.open("a") as file:
+            file.write(" you")
+        return text
+
+    monkeypatch.setattr(prepare, "survey", then_grow)
+    code, _, err = call("prepare", "mine", "--input=in.txt")
+    assert code == 2 and "changed while it was read" in err and not list(folder.rglob("*.bin"))
+
+
+@pytest.mark.skipif(
+    not GPT2_CACHE.is_dir() or not SHARED_TEXT.exists(), reason="needs GPT-2's files"
+)
+def test_tiny_shakespeare_in_gpt2_tokens(folder, call, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(GPT2_CACHE))
+    assert call("prepare", "shakespeare", f"--input={SHARED_TEXT}")[0] == 0
+    meta = dataset.read_meta(Path("data/shakespeare/meta.json"))
+    assert (meta.train_tokens, meta.val_tokens, meta.vocab_size) == (301_966, 36_059, 50257)
 
 
 @pytest.mark.skipif(not SHARED_TEXT.exists(), reason="needs Tiny Shakespeare beside the checkout")

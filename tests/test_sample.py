@@ -3,7 +3,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import TINY, is_one_error_line
@@ -160,8 +159,3 @@ def test_the_first_sample_is_shown_while_it_is_made(capsys):
     sample.print_samples("> ", steps(), Letters(), sample.SampleConfig(num_samples=2))
     assert shown == ["> a", "b", "c"]
     assert capsys.readouterr().out == f"\n{SEPARATOR}\n> abc\n{SEPARATOR}\n"
-
-
-def test_noise_of_a_text_is_its_own():
-    rows = [np.random.default_rng([7, i]).random(3) for i in range(3)]
-    assert not np.allclose(rows[0], rows[1]) and not np.allclose(rows[1], rows[2])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REPO
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -115,7 +116,7 @@ def test_foreign_json_is_refused(spec):
         tokenizers.from_json(spec, "meta.json")
 
 
-gpt2_cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR", "../shared/tiktoken"))
+gpt2_cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR", REPO.parent / "shared/tiktoken"))
 
 
 @pytest.mark.skipif(not gpt2_cache.is_dir(), reason="needs GPT-2's files in TIKTOKEN_CACHE_DIR")
