@@ -57,9 +57,9 @@ def _sync_folder(folder: Path) -> None:
 
 def dataset_folder(name: str) -> Path:
     """`data/<name>`; raises `InputError` for a name that is not a plain folder name."""
-    if not re.fullmatch(r"\w[\w.-]*", name):
+    if not re.fullmatch(r"\w[\w.-]{0,99}", name):
         raise InputError(
-            f"dataset {name!r}: give a plain folder name (letters, digits, '_', '-', '.'); "
+            f"dataset {name[:100]!r}: give a plain folder name (letters, digits, '_', '-', '.'); "
             "it is looked up in data/"
         )
     return Path("data") / name

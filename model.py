@@ -10,7 +10,7 @@ Shapes:  B batch   T time, in tokens   C n_embd   nh n_head   hs head size, C / 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -300,7 +300,7 @@ def probabilities(logits, temperature: float, top_k: int, top_p: float):
     keeps the fewest most probable tokens that together reach it.
     """
     logits = logits.float()
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:
         return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
     if 0 < top_k < logits.size(-1):
         least = logits.topk(top_k).values[:, -1:]
@@ -329,7 +329,7 @@ def pick(probs, uniform):
 def generate(
     model: GPT,
     idx,
-    noise,
+    noise: Iterable[torch.Tensor],
     *,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -339,7 +339,7 @@ def generate(
 ) -> Iterator[torch.Tensor]:
     """Continue idx (B, T), T >= 1; yields one (B,) tensor of new tokens a step.
 
-    noise: (B, n) uniform numbers in [0, 1): row b's n tokens depend on row b alone.
+    noise: (B,) uniform numbers in [0, 1) for each step; a row's tokens depend on its own alone.
     vocab_size: ids from here on are padding and never drawn.
     use_cache: False computes every step from scratch: slow, and the same text.
 
@@ -349,7 +349,7 @@ def generate(
     block_size = model.config.block_size
     cache = None
     idx = context = idx[:, -block_size:]
-    for uniform in noise.unbind(dim=1):
+    for uniform in noise:
         if context.size(1) > block_size:
             idx = context = context[:, -max(1, block_size // 2) :]
             cache = None

@@ -32,15 +32,20 @@ def main(argv: list[str]) -> int:
 
 def read_metrics(path: Path) -> list[dict]:
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; train first, or check --out_dir") from None
-    except ValueError:
-        raise InputError(f"{path} is not a metrics file") from None
-    needed = ({"step", "loss"}, {"step", "train_loss", "val_loss"})
-    if not all(isinstance(r, dict) and any(r.keys() >= names for names in needed) for r in records):
-        raise InputError(f"{path} is not a metrics file")
-    if not any("val_loss" in record for record in records):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); check --out_dir") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            losses = [record[name] for name in ("train_loss", "val_loss", "loss") if name in record]
+            if type(record["step"]) is not int or not all(type(loss) is float for loss in losses):
+                raise ValueError("no step with losses")
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise InputError(f"{path}, line {number}: not a line of metrics; remove it") from None
+        records.append(record)
+    if not any({"train_loss", "val_loss"} <= record.keys() for record in records):
         raise InputError(f"{path} holds no evaluation yet")
     return records
 
@@ -51,7 +56,7 @@ def draw_losses(records: list[dict], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError(f"{error}; install the extra: pip install '.[plot]'") from None
-    evaluations = [record for record in records if "val_loss" in record]
+    evaluations = [record for record in records if {"train_loss", "val_loss"} <= record.keys()]
     batches = [record for record in records if "loss" in record]
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()

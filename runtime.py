@@ -39,7 +39,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         raise InputError(f"device={name}: use auto, cpu, cuda, cuda:N or mps") from None
     here = {
-        "cpu": True,
+        "cpu": device.index is None,
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }

@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
     device = runtime.pick_device(config.device)
     path = checkpoint.find(Path(config.out_dir))
     sys.stdout.reconfigure(errors="replace")
-    with runtime.out_of_memory_advice("lower num_samples or max_new_tokens"):
+    with runtime.out_of_memory_advice(f"lower num_samples={config.num_samples}"):
         model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
         # float32 keeps a text the same whatever is sampled beside it, and is fast enough.
         dtype = runtime.pick_dtype("float32" if config.dtype == "auto" else config.dtype, device)
@@ -129,16 +129,15 @@ def tokens(model, tokenizer: tokenizers.Tokenizer, ids: np.ndarray, config: Samp
 
     device = model.lm_head.weight.device
     idx = torch.from_numpy(ids.astype(np.int64)).to(device).expand(config.num_samples, -1)
-    noise = np.stack(
-        [
-            np.random.default_rng([config.seed, i]).random(config.max_new_tokens, dtype=np.float32)
-            for i in range(config.num_samples)
-        ]
+    rngs = [np.random.default_rng([config.seed, i]) for i in range(config.num_samples)]
+    rows = (
+        np.array([rng.random(dtype=np.float32) for rng in rngs])
+        for _ in range(config.max_new_tokens)
     )
     steps = generate(
         model,
         idx,
-        torch.from_numpy(noise).to(device),
+        (torch.from_numpy(row).to(device) for row in rows),
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,

@@ -45,6 +45,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, saved: dict | None = None):
         self.config = config
+        if not config.out_dir:
+            raise InputError("out_dir is empty: give a folder for the run")
         self.out_dir = Path(config.out_dir)
         self.device = runtime.pick_device(config.device)
         self.dtype = runtime.pick_dtype(config.dtype, self.device)

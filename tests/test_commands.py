@@ -192,6 +192,8 @@ def write(path: str, content: str | bytes):
         ([], lambda: edit_meta(vocab_size=3), "vocab_size=3, but its tokenizer has 30"),
         ([], lambda: edit_meta(tokenizer={"kind": "morse"}), "no usable tokenizer"),
         (["--device=cuda:99"], None, "device=cuda:99: there is none here"),
+        (["--device=cpu:7"], None, "device=cpu:7: there is none here"),
+        (["--out_dir="], None, "out_dir is empty"),
         (["--dropout=1.5"], None, "dropout=1.5"),
         (["--batch_size=0"], None, "batch_size=0"),
         (["--init_from=elsewhere"], None, "init_from: expected 'scratch' or 'resume'"),

@@ -88,7 +88,7 @@ def test_cached_equals_uncached_and_the_cpu():
     texts = []
     for device, use_cache in (("cpu", True), ("cuda", True), ("cuda", False)):
         model.to(device)
-        steps = generate(model, idx.to(device), noise.to(device), use_cache=use_cache)
+        steps = generate(model, idx.to(device), noise.T.to(device), use_cache=use_cache)
         texts.append(torch.stack([*steps]).cpu())
     assert torch.equal(texts[0], texts[1]) and torch.equal(texts[1], texts[2])
 

@@ -149,7 +149,7 @@ def test_reading_in_parts_through_the_cache_equals_reading_at_once(switches):
 
 def generated(model, idx, n_tokens, seed=0, **options) -> list[list[int]]:
     noise = torch.rand(idx.size(0), n_tokens, generator=torch.Generator().manual_seed(seed))
-    return torch.stack([*generate(model, idx, noise, **options)], dim=1).tolist()
+    return torch.stack([*generate(model, idx, noise.T, **options)], dim=1).tolist()
 
 
 @VARIANTS
@@ -179,8 +179,8 @@ def test_block_size_of_one():
 def test_a_rows_tokens_do_not_depend_on_the_other_rows():
     model, idx = tiny(MODERN), random_ids(1, 3)
     noise = torch.rand(4, 20, generator=torch.Generator().manual_seed(0))
-    together = torch.stack([*generate(model, idx.expand(4, -1), noise)], dim=1)
-    alone = [torch.stack([*generate(model, idx, noise[i : i + 1])], dim=1) for i in range(4)]
+    together = torch.stack([*generate(model, idx.expand(4, -1), noise.T)], dim=1)
+    alone = [torch.stack([*generate(model, idx, noise[i : i + 1].T)], dim=1) for i in range(4)]
     assert torch.equal(together, torch.cat(alone))
 
 
@@ -199,6 +199,7 @@ LOGITS = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
         ((1.0, 0, 1.0), [0.5, 0.25, 0.15, 0.1]),
         ((0.0, 0, 1.0), [1, 0, 0, 0]),
         ((1e-40, 0, 1.0), [1, 0, 0, 0]),
+        ((1e-300, 0, 1.0), [1, 0, 0, 0]),
         ((0.5, 0, 1.0), [0.7246, 0.1812, 0.0652, 0.0290]),
         ((1.0, 2, 1.0), [2 / 3, 1 / 3, 0, 0]),
         ((1.0, 99, 1.0), [0.5, 0.25, 0.15, 0.1]),

@@ -19,9 +19,12 @@ def test_loss_curve(tiny, call):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (None, "train first"),
-        ("{", "not a metrics file"),
-        ("7", "not a metrics file"),
+        (None, "check --out_dir"),
+        ("{", "line 1: not a line of metrics"),
+        ("7", "line 1"),
+        ("[" * 100_000, "line 1"),
+        ('{"step": 1, "loss": 2.0}\n{"step": "a", "loss": 2.0}', "line 2"),
+        ('{"step": 1, "train_loss": 1.0, "val_loss": [2]}', "line 1"),
         ("", "no evaluation yet"),
     ],
 )
