@@ -231,7 +231,7 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         if config.tied_head:
-            # Measured: the largest that keep the first loss within 1 % for widths 64 to 768.
+            # Chosen by trying widths 64 to 768: the first loss stays within 1 % of ln(V).
             gain = 50 / config.n_embd if is_zero else 7 / math.sqrt(config.n_embd)
             nn.init.constant_(self.transformer.ln_f.weight, min(1.0, gain))
         else:

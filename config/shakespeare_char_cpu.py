@@ -3,7 +3,7 @@
 
 dataset = "shakespeare_char"
 eval_interval = 500  # an evaluation covers the whole val split and costs as much as 40 steps
-eval_iters = 200  # 12,800 tokens tell the train loss to about 0.01
+eval_iters = 200  # 12,800 tokens for the train loss
 log_interval = 100  # a line every three seconds or so
 
 batch_size = 12  # 768 tokens a step: many cheap updates beat few dear ones
