@@ -98,8 +98,8 @@ def rotary_table(head_size: int, block_size: int) -> torch.Tensor:
 
 
 def rotate(x, rotary):
-    """Turn channel pairs (i, i + hs/2) of x (B, nh, T, hs) by their position's angles."""
-    cos, sin = rotary.to(x.dtype)  # (T, hs / 2) each
+    """Turn channel pairs (i, i + hs/2) of x (B, T, heads, hs) by their position's angles."""
+    cos, sin = rotary.to(x.dtype)[:, :, None]  # (T, 1, hs / 2) each
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -116,12 +116,13 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rotary, cache: KVCache | None):
         B, T, C = x.shape
-        heads = (B, T, self.config.n_head, self.config.head_size)
-        q, k, v = (part.view(heads).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))
+        nh, hs = self.config.n_head, self.config.head_size
+        qk, v = self.c_attn(x).view(B, T, 3 * nh, hs).split((2 * nh, nh), dim=2)
         if self.config.qk_norm:  # Henry et al. 2020
-            q, k = F.rms_norm(q, (q.size(-1),)), F.rms_norm(k, (k.size(-1),))
+            qk = F.rms_norm(qk, (hs,))
         if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+            qk = rotate(qk, rotary)
+        q, k, v = (part.transpose(1, 2) for part in (*qk.chunk(2, dim=2), v))  # (B, nh, T, hs)
         past = 0
         if cache is not None:
             past = cache.n_tokens

@@ -21,8 +21,9 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
     optimizers: list[torch.optim.Optimizer] = []
     matrices = groups["hidden"] + groups["embedding"]
     if config.optimizer == "muon":
-        rates = {"lr": config.muon_learning_rate, "weight_decay": config.weight_decay}
-        optimizers.append(torch.optim.Muon(groups["hidden"], **rates))
+        rates = {"lr": config.muon_learning_rate, "momentum": config.muon_momentum}
+        decay = {"weight_decay": config.weight_decay}
+        optimizers.append(torch.optim.Muon(groups["hidden"], **rates, **decay))
         matrices = groups["embedding"]
     decays = [
         {"params": matrices, "weight_decay": config.weight_decay},

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import sys
 
 import numpy as np
 import torch
@@ -91,6 +92,22 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         return None
     matches = (rate for words, rate in PEAK_FLOPS.items() if re.search(rf"\b{words}\b", name))
     return next(matches, None)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was told; a CPU does it at once."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that tensors took on a GPU; on a CPU, that the whole process took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not there on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def describe(device: torch.device) -> str:

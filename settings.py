@@ -42,7 +42,7 @@ def load(cls, argv: list[str], *, usage: str, positional: str | None = None, bas
     if "--help" in argv or "-h" in argv:
         print(_help_text(cls, types_of, usage))
         sys.exit(0)
-    words, flags, problems = _split_argv(argv)
+    words, flags, problems = _split_argv(argv, types_of)
     values: dict = {}
     for name, value in (base or {}).items():
         if name in types_of:
@@ -64,8 +64,11 @@ def load(cls, argv: list[str], *, usage: str, positional: str | None = None, bas
     return cls(**values)
 
 
-def _split_argv(argv):
-    """-> (words, [(name, text)], problems); `--key=value` and `--key value` are the same."""
+def _split_argv(argv, types_of):
+    """-> (words, [(name, text)], problems); `--key=value` and `--key value` are the same.
+
+    A boolean option without a value is true.
+    """
     words, flags, problems = [], [], []
     rest = list(argv)
     while rest:
@@ -74,7 +77,10 @@ def _split_argv(argv):
             words.append(word)
             continue
         name, equals, text = word[2:].partition("=")
-        if not equals:
+        is_bare = not rest or rest[0].lower() not in ("true", "false")
+        if not equals and types_of.get(name) is bool and is_bare:
+            text = "true"
+        elif not equals:
             if not rest or rest[0].startswith("--"):
                 problems.append(
                     f"--{name} needs a value: --{name}=VALUE (--help lists all options)"

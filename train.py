@@ -57,11 +57,18 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = option("adamw", "muon: for the blocks' matrices alone")
     learning_rate: float = option(6e-4, "highest rate of AdamW", min=0)
     muon_learning_rate: float = option(0.02, "highest rate of Muon", min=0)
+    muon_momentum: float = option(0.95, "Muon's memory of gradients", min=0, max=0.9999)
     max_iters: int = option(600000, "optimizer updates to make", min=0)
     weight_decay: float = option(0.1, "decay of matrices, times the rate", min=0)
     beta1: float = option(0.9, "AdamW's memory of gradients", min=0, max=0.9999)
     beta2: float = option(0.95, "AdamW's memory of their squares", min=0, max=0.9999)
     grad_clip: float = option(1.0, "longest gradient (L2 norm); 0 does not clip", min=0)
+    average_decay: float = option(
+        0.0,
+        "evaluate and keep in best.pt a running average of the weights; 0: the latest",
+        min=0,
+        max=0.99999,
+    )
     # learning rate
     decay_lr: bool = option(True, "false keeps the rate constant")
     lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = option(

@@ -61,6 +61,9 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress = Progress()
+        self.average: list = []  # of the weights over the steps
+        if config.average_decay:
+            self.average = [p.detach().clone() for p in self.model.parameters()]
         if saved is not None:
             self._restore(saved)
 
@@ -92,15 +95,18 @@ class Trainer:
 
     def train_step(self):
         """Make one update; -> (loss, gradient norm before clipping), tensors on the device."""
-        step = self.progress.step
-        set_learning_rate(self.optimizers, self.config, step)
+        config, step = self.config, self.progress.step
+        set_learning_rate(self.optimizers, config, step)
         micro_batches = self.upcoming or self._micro_batches(step)
         loss, norm = self._gradients(micro_batches)
         while self.scaler.is_enabled() and not self._loss_scale_fits(loss, norm):
             loss, norm = self._gradients(micro_batches)
         self._update(loss, norm)
+        if self.average:
+            weights = [p.detach() for p in self.model.parameters()]
+            torch._foreach_lerp_(self.average, weights, 1 - config.average_decay)
         self.progress.step += 1
-        self.progress.tokens += self.config.tokens_per_step
+        self.progress.tokens += config.tokens_per_step
         # While the device is still at work, and before a log line waits for it.
         self.upcoming = self._micro_batches(step + 1)
         return loss, norm
@@ -174,6 +180,18 @@ class Trainer:
 
     # ---- evaluation ----------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def averaged_weights(self):
+        """In the block, the model has its weights' running average, where one is kept."""
+        if not self.average:
+            yield
+            return
+        weights = [p.detach() for p in self.model.parameters()]
+        latest = [p.clone() for p in weights]
+        torch._foreach_copy_(weights, self.average)
+        yield
+        torch._foreach_copy_(weights, latest)
+
     def evaluate(self) -> dict:
         """Nats a token on both splits: the same weights always give the same numbers."""
         is_small = len(self.val_split) <= dataset.MAX_TOKENS_EVALUATED_WHOLE
@@ -208,7 +226,8 @@ class Trainer:
     def run(self) -> int:
         """-> exit code. Raises InputError or RunError for what the user can mend."""
         if self.config.eval_only:
-            print(loss_line(self.evaluate()))
+            with self.averaged_weights():
+                print(loss_line(self.evaluate()))
             return EXIT_DONE
         config, progress = self.config, self.progress
         self._announce()
@@ -255,17 +274,18 @@ class Trainer:
     def _evaluate_and_save(self) -> None:
         self.raise_if_not_finite()
         config, progress = self.config, self.progress
-        record = self.evaluate()
-        is_best = record["val_loss"] < progress.best_val_loss
-        progress.best_val_loss = min(record["val_loss"], progress.best_val_loss)
+        with self.averaged_weights():
+            record = self.evaluate()
+            is_best = record["val_loss"] < progress.best_val_loss
+            progress.best_val_loss = min(record["val_loss"], progress.best_val_loss)
+            if is_best:
+                checkpoint.save(self.out_dir / "best.pt", self._weights())
         progress.stale_evaluations = 0 if is_best else progress.stale_evaluations + 1
         progress.evaluated_step = progress.step
         progress.seconds = time.perf_counter() - self.started
         record["lr"] = learning_rate_at(config, progress.step)
         record |= {"tokens": progress.tokens, "seconds": round(progress.seconds, 3)}
         self.report.evaluation(record, is_best)
-        if is_best:
-            checkpoint.save(self.out_dir / "best.pt", self._weights())
         if is_best or config.always_save_checkpoint or self._is_last():
             self._save()
         self.pace.restart(progress.step)
@@ -329,6 +349,7 @@ class Trainer:
         self.report.sync()
         state = {
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "average": self.average,
             "scaler": self.scaler.state_dict(),
             "progress": dataclasses.asdict(self.progress),
         }
@@ -365,6 +386,8 @@ class Trainer:
                 if type(getattr(self.progress, name)) is not type(value):
                     raise ValueError(f"progress.{name} has another type")
             self.model.load_state_dict(saved["model"])
+            if self.average:  # a run that kept none starts one from its present weights
+                self._restore_average(saved.get("average") or [*self.model.parameters()])
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
                 restore(optimizer, state, has_stepped=self.progress.step > 0)
             if self.scaler.is_enabled():
@@ -372,6 +395,13 @@ class Trainer:
         except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
             path = self.out_dir / "ckpt.pt"
             raise InputError(f"{path} is not usable for a resume: {error}") from None
+
+    @torch.no_grad()
+    def _restore_average(self, saved: list) -> None:
+        for average, p in zip(self.average, saved, strict=True):
+            if average.shape != p.shape:
+                raise ValueError("its average does not fit the model")
+            average.copy_(p)
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, is_one_error_line
 
 import checkpoint
 import dataset
@@ -145,7 +145,7 @@ def test_evaluating_does_not_touch_the_training(tiny, call):
     "flags",
     [
         ["--optimizer=adamw"],
-        ["--optimizer=muon", "--position=rotary", "--norm=rmsnorm"],
+        ["--optimizer=muon", "--position=rotary", "--norm=rmsnorm", "--average_decay=0.9"],
         ["--dtype=bfloat16"],
         ["--dtype=float16"],
         ["--lr_schedule=wsd", "--gradient_accumulation_steps=1", "--tied_head=false"],
@@ -531,3 +531,32 @@ def test_a_missing_extra_names_its_install_command(tiny, call, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     code, _, err = call("train", *TINY, "--wandb_log=true")
     assert code == 2 and "pip install '.[track]'" in err
+
+
+def test_the_average_is_what_is_evaluated_and_kept_as_best(tiny, call):
+    flags = ["--average_decay=0.5", "--max_iters=4", "--eval_interval=4"]
+    run = trainer(*flags)
+    expected = [p.detach().clone() for p in run.model.parameters()]
+    for _ in range(4):
+        run.train_step()
+        expected = [
+            0.5 * a + 0.5 * p for a, p in zip(expected, run.model.parameters(), strict=True)
+        ]
+    assert call("train", *TINY, *flags)[0] == 0
+    best, latest = (torch.load(f"out/{f}.pt", weights_only=True) for f in ("best", "ckpt"))
+    named = [name for name, _ in run.model.named_parameters()]
+    for name, a in zip(named, expected, strict=True):
+        assert torch.allclose(best["model"][name], a, atol=1e-6)
+        assert torch.equal(latest["model"][name], run.model.state_dict()[name])
+    run.model.load_state_dict(best["model"])
+    run.average = []
+    assert run.evaluate()["val_loss"] == latest["best_val_loss"]
+
+
+def test_an_average_that_does_not_fit_is_refused(tiny, call):
+    call("train", *TINY, "--average_decay=0.5")
+    saved = torch.load("out/ckpt.pt", weights_only=True)
+    for broken in ([torch.ones(1)], [torch.ones(1)] * len(saved["average"]), "no list"):
+        torch.save(saved | {"average": broken}, "out/ckpt.pt")
+        code, _, err = call("train", "--init_from=resume", "--max_iters=8")
+        assert code == 2 and is_one_error_line(err) and "not usable for a resume" in err

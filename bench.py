@@ -1,0 +1,238 @@
+"""Measure a config on this machine, or plan its training without running it.
+
+Usage:
+    python bench.py [config/NAME.py] [--key=value ...]     any option of train.py
+    python bench.py config/NAME.py --plan --devices=8
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+
+import dataset
+import settings
+from errors import InputError, run_script
+from files import dataset_folder, staged
+from settings import option
+from train import TrainConfig
+
+N_GROUPS = 10  # the timed steps are split into so many; the spread is that of their means
+SAMPLE_COUNTS = (1, 10, 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchConfig(TrainConfig):
+    """train.py's options, and these."""
+
+    warmup_steps: int = option(10, "training steps before the timed ones", min=1)
+    timed_steps: int = option(100, "training steps to time", min=N_GROUPS)
+    json: str = option("", "a file to write the figures to as well")
+    plan: bool = option(False, "estimate memory and time, train nothing")
+    devices: int = option(1, "plan: how many share a step", min=1)
+    peak_tflops: float = option(989.0, "plan: matrix rate of each, 989 for an H100", min=1e-6)
+    assumed_mfu: float = option(0.4, "plan: share of that rate which is reached", min=1e-6, max=1)
+    vocab_size: int = option(0, "plan: 0 is the prepared dataset's", min=0, max=10**7)
+
+
+def main(argv: list[str]) -> int:
+    config = settings.load(BenchConfig, argv, usage=__doc__)
+    import runtime
+
+    runtime.refuse_several_processes()
+    with runtime.out_of_memory_advice(f"lower batch_size={config.batch_size}"):
+        figures = plan(config) if config.plan else measure(config)
+    width = max(map(len, figures))
+    for name, value in figures.items():
+        print(f"{name:<{width}}  {_in_words(value)}")
+    if config.json:
+        with staged(Path(config.json)) as (file,):
+            file.write(json.dumps(figures, indent=1).encode() + b"\n")
+    return 0
+
+
+def _in_words(value) -> str:
+    if value is None:
+        return "not known for this device"
+    if not isinstance(value, float):
+        return f"{value:,}" if type(value) is int else str(value)
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+# ---- measuring ---------------------------------------------------------------------------------
+
+
+def measure(config: BenchConfig) -> dict:
+    """Train and sample for a moment; -> figures by name, with the unit in the name."""
+    started = time.perf_counter()
+    import torch  # here, because a user waits for it as well
+
+    import runtime
+    from trainer import Trainer
+
+    trainer = Trainer(config)
+    start_up_s = time.perf_counter() - started
+    figures = {
+        "device": runtime.describe(trainer.device),
+        "torch": torch.__version__,
+        "dtype": str(trainer.dtype).removeprefix("torch."),
+        "compiled": trainer.compiles,
+        "parameters": trainer.model.n_parameters(),
+        "flops_per_token": int(trainer.model.flops_per_token()),
+        "tokens_per_step": config.tokens_per_step,
+        "start_up_s": start_up_s,
+    }
+    figures |= _time_training(trainer)
+    figures["peak_memory_MB"] = runtime.peak_memory_bytes(trainer.device) / 1e6
+    return figures | _time_sampling(trainer)
+
+
+def _time_training(trainer) -> dict:
+    import runtime
+
+    first_step_ms = _ms(trainer.device, trainer.train_step)
+    for _ in range(trainer.config.warmup_steps - 1):
+        trainer.train_step()
+    group = range(trainer.config.timed_steps // N_GROUPS)
+    times_ms = [
+        _ms(trainer.device, lambda: [trainer.train_step() for _ in group]) / len(group)
+        for _ in range(N_GROUPS)
+    ]
+    trainer.raise_if_not_finite()
+    median = statistics.median(times_ms)
+    tokens_per_s = 1000 * trainer.config.tokens_per_step / median
+    flops_per_s = tokens_per_s * trainer.model.flops_per_token()
+    peak = runtime.peak_flops(trainer.device, trainer.dtype)
+    return {
+        "first_step_ms": first_step_ms,  # compiling included
+        "ms_per_step": median,
+        "ms_per_step_lowest": min(times_ms),
+        "ms_per_step_highest": max(times_ms),
+        "tokens_per_s": tokens_per_s,
+        "tflops_per_s": flops_per_s / 1e12,
+        "mfu": flops_per_s / peak if peak else None,
+    }
+
+
+def _time_sampling(trainer) -> dict:
+    """Prefill of one full window, then decoding it token by token, in sample.py's own way."""
+    import torch
+
+    from model import KVCache, generate
+
+    model, device = trainer.model.eval(), trainer.device
+    block_size = model.config.block_size
+    idx = torch.zeros(max(SAMPLE_COUNTS), block_size, dtype=torch.int64, device=device)
+    figures = {}
+
+    @torch.inference_mode()
+    def prefill(n: int) -> None:
+        cache = KVCache(model.config, n, device, torch.float32)
+        model(idx[:n], cache=cache, last_only=True)
+
+    def decode(n: int) -> None:
+        noise = torch.rand(block_size, n, device=device)
+        for _ in generate(model, idx[:n, :1], noise, top_k=200):
+            pass
+
+    for n in SAMPLE_COUNTS:
+        for name, work in (("prefill", prefill), ("decode", decode)):
+            work(n)  # warms up
+            times_ms = [_ms(device, lambda: work(n)) for _ in range(3)]  # noqa: B023
+            tokens = n * block_size
+            figures[f"{name}_{n}_tokens_per_s"] = 1000 * tokens / statistics.median(times_ms)
+    return figures
+
+
+def _ms(device, work) -> float:
+    """Milliseconds until the device has finished `work()`."""
+    import runtime
+
+    runtime.wait_for(device)
+    started = time.perf_counter()
+    work()
+    runtime.wait_for(device)
+    return 1000 * (time.perf_counter() - started)
+
+
+# ---- planning ----------------------------------------------------------------------------------
+
+
+def plan(config: BenchConfig) -> dict:
+    """What the training would take, from shapes alone."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    rows = config.gradient_accumulation_steps * config.batch_size
+    if rows % config.devices:
+        raise InputError(
+            f"the {rows} windows of a step do not divide over {config.devices} devices"
+        )
+    with FakeTensorMode():  # tensors with shapes, without memory
+        model, memory = _memory_of_a_step(config, min(config.batch_size, rows // config.devices))
+    tokens = config.max_iters * config.tokens_per_step
+    rate = config.devices * config.peak_tflops * 1e12 * config.assumed_mfu
+    seconds = tokens * model.flops_per_token() / rate
+    return {
+        "parameters": model.n_parameters(),
+        "flops_per_token": int(model.flops_per_token()),
+        "tokens_per_step": config.tokens_per_step,
+        "steps": config.max_iters,
+        "tokens": tokens,
+        **memory,
+        "training_s": seconds,
+    }
+
+
+def _memory_of_a_step(config: BenchConfig, batch_size: int) -> tuple:
+    """-> the model, MB on one device at the highest point of a step, by kind.
+
+    Without torch.compile, which keeps fewer activations. Of a GPU unless device=cpu: there matrix
+    products are in bfloat16, and attention keeps nothing for its dropout.
+    """
+    import torch
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    import runtime
+    from model import GPT
+    from optim import make_optimizers
+    from trainer import model_config
+
+    vocab_size = config.vocab_size or dataset.read(dataset_folder(config.dataset))[0].vocab_size
+    model = GPT(model_config(config, vocab_size))
+    optimizers = make_optimizers(model, config)
+    device = torch.device("cpu")  # of the stand-ins, whatever the device that is planned for
+    is_gpu = config.device != "cpu"
+    dtype = runtime.pick_dtype(
+        "bfloat16" if is_gpu and config.dtype == "auto" else config.dtype, device
+    )
+    if is_gpu:
+        model.config.dropout = 0.0  # what attention reads; the Dropout modules keep theirs
+    idx = torch.zeros(batch_size, config.block_size, dtype=torch.int64)
+    tracker = MemTracker()
+    tracker.track_external(model, *optimizers)
+    with tracker:
+        for _ in range(2):  # the optimizer's state appears in the first
+            for _ in range(min(2, config.gradient_accumulation_steps)):
+                with runtime.autocast(device, dtype):
+                    _, loss = model(idx, idx)
+                loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            tracker.reset_mod_stats()
+    peak = tracker.get_tracker_snapshot("peak")[device]
+    peak = {str(kind).rpartition(".")[2]: n_bytes / 1e6 for kind, n_bytes in peak.items()}
+    return model, {
+        "weights_MB": peak["PARAM"] + peak["BUFFER"],
+        "gradients_MB": peak["GRAD"],
+        "optimizer_MB": peak["OPT"],
+        "activations_MB": peak["ACT"] + peak["TEMP"] + peak["OTH"],
+        "memory_MB": peak["Total"],
+    }
+
+
+if __name__ == "__main__":
+    run_script(main)
