@@ -119,31 +119,33 @@ def _time_training(trainer) -> dict:
 
 def _time_sampling(trainer) -> dict:
     """Prefill of one full window, then decoding it token by token, in sample.py's own way."""
+    import copy
+
     import torch
 
+    import runtime
     from model import KVCache, generate
 
-    model, device = trainer.model.eval(), trainer.device
-    block_size = model.config.block_size
-    idx = torch.zeros(max(SAMPLE_COUNTS), block_size, dtype=torch.int64, device=device)
+    device, block_size = trainer.device, trainer.config.block_size
+    model = copy.deepcopy(trainer.model).eval().to(trainer.dtype)
     figures = {}
-
-    @torch.inference_mode()
-    def prefill(n: int) -> None:
-        cache = KVCache(model.config, n, device, torch.float32)
-        model(idx[:n], cache=cache, last_only=True)
-
-    def decode(n: int) -> None:
-        noise = torch.rand(block_size, n, device=device)
-        for _ in generate(model, idx[:n, :1], noise, top_k=200):
-            pass
-
     for n in SAMPLE_COUNTS:
-        for name, work in (("prefill", prefill), ("decode", decode)):
-            work(n)  # warms up
-            times_ms = [_ms(device, lambda: work(n)) for _ in range(3)]  # noqa: B023
-            tokens = n * block_size
-            figures[f"{name}_{n}_tokens_per_s"] = 1000 * tokens / statistics.median(times_ms)
+        idx = torch.zeros(n, block_size, dtype=torch.int64, device=device)
+        noise = torch.rand(block_size, n, device=device)
+
+        @torch.inference_mode()
+        def prefill(idx=idx):
+            model(idx, cache=KVCache(model, len(idx)), last_only=True)
+
+        def decode(idx=idx, noise=noise):
+            for _ in generate(model, idx[:, :1], noise, top_k=200):
+                pass
+
+        for work in (prefill, decode):
+            with runtime.fast_decoding(model):
+                work()  # warms up
+                median = statistics.median(_ms(device, work) for _ in range(3))
+            figures[f"{work.__name__}_{n}_tokens_per_s"] = 1000 * n * block_size / median
     return figures
 
 

@@ -53,10 +53,18 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The format that matrix products run in; weights and optimizer state stay float32."""
     if name != "auto":
         return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
     if device.type != "cuda":
         return torch.float32
     has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if has_bf16 else torch.float16
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """Whether it has instructions for that; an older PyTorch cannot tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def pick_compile(setting: bool | str, device: torch.device) -> bool:
@@ -75,6 +83,24 @@ def set_up(device: torch.device) -> None:
 
 def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+@contextlib.contextmanager
+def fast_decoding(model: torch.nn.Module):
+    """In the block, a CPU reads one token alone with PyTorch's own matrix-vector kernel.
+
+    oneDNN rearranges bfloat16 weights for each product, which takes longer than such a product.
+    """
+
+    def choose_kernel(module, args):
+        torch.backends.mkldnn.enabled = args[0].numel() > 1
+
+    hook = model.register_forward_pre_hook(choose_kernel)
+    try:
+        yield
+    finally:
+        hook.remove()
+        torch.backends.mkldnn.enabled = True
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -32,7 +32,7 @@ class SampleConfig:
     stop: str = option("", "end a text where this string appears; it is not printed")
     seed: int = option(1337, "same seed, same texts", min=0, max=2**32 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: DType = option("auto", "format of the weights; auto: float32")
+    dtype: DType = option("auto", "format of the weights and of matrix products")
 
 
 SEPARATOR = "---------------"
@@ -82,9 +82,7 @@ def main(argv: list[str]) -> int:
     sys.stdout.reconfigure(errors="replace")
     with runtime.out_of_memory_advice(f"lower num_samples={config.num_samples}"):
         model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
-        # float32 keeps a text the same whatever is sampled beside it, and is fast enough.
-        dtype = runtime.pick_dtype("float32" if config.dtype == "auto" else config.dtype, device)
-        model = model.eval().to(device, dtype)
+        model = model.eval().to(device, runtime.pick_dtype(config.dtype, device))
         try:
             ids = tokenizer.encode(prompt)
         except InputError as error:
@@ -92,7 +90,8 @@ def main(argv: list[str]) -> int:
                 f"the prompt does not fit {path}, give another --start: {error}"
             ) from None
         try:
-            print_samples(prompt, tokens(model, tokenizer, ids, config), tokenizer, config)
+            with runtime.fast_decoding(model):
+                print_samples(prompt, tokens(model, tokenizer, ids, config), tokenizer, config)
             sys.stdout.flush()
         except BrokenPipeError:  # the reader, `head` say, has seen enough
             silence_stdout()

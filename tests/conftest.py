@@ -16,7 +16,14 @@ import errors
 
 REPO = Path(__file__).resolve().parent.parent
 TINY = [
-    *("--dataset=tiny", "--device=cpu", "--n_layer=2", "--n_head=2", "--n_embd=16"),
+    *(
+        "--dataset=tiny",
+        "--device=cpu",
+        "--dtype=float32",
+        "--n_layer=2",
+        "--n_head=2",
+        "--n_embd=16",
+    ),
     *("--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=2"),
     *("--max_iters=6", "--eval_interval=3", "--eval_iters=3", "--warmup_iters=2"),
     "--learning_rate=1e-2",

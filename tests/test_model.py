@@ -141,7 +141,7 @@ def test_shapes_that_cannot_work(changes, complaint):
 def test_reading_in_parts_through_the_cache_equals_reading_at_once(switches):
     model, idx = tiny(switches), random_ids(3, 8)
     whole, _ = model(idx)
-    cache = KVCache(model.config, 3, "cpu", torch.float32)
+    cache = KVCache(model, 3)
     parts = [model(part, cache=cache)[0] for part in idx.split([3, 1, 2, 1, 1], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
     assert cache.n_tokens == 8

@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import checkpoint
+import runtime
 import sample
 import tokenizer as tokenizers
 from model import GPT, GPTConfig
 from sample import SEPARATOR, Sample
 
-SHORT = ("--num_samples=3", "--max_new_tokens=40", "--device=cpu")
+SHORT = ("--num_samples=3", "--max_new_tokens=40", "--device=cpu", "--dtype=float32")
 
 
 @pytest.fixture
@@ -159,3 +160,15 @@ def test_the_first_sample_is_shown_while_it_is_made(capsys):
     sample.print_samples("> ", steps(), Letters(), sample.SampleConfig(num_samples=2))
     assert shown == ["> a", "b", "c"]
     assert capsys.readouterr().out == f"\n{SEPARATOR}\n> abc\n{SEPARATOR}\n"
+
+
+def test_fast_decoding_chooses_by_the_number_of_tokens_and_leaves_no_trace():
+    model, chosen = GPT(GPTConfig(8, 5, 1, 1, 4)), []
+    model.transformer.wte.register_forward_hook(
+        lambda *_: chosen.append(torch.backends.mkldnn.enabled)
+    )
+    with pytest.raises(ZeroDivisionError), runtime.fast_decoding(model):
+        for shape in ((1, 4), (1, 1), (3, 1), (1, 1)):
+            model(torch.zeros(shape, dtype=torch.int64))
+        raise ZeroDivisionError
+    assert chosen == [True, False, True, False] and torch.backends.mkldnn.enabled

@@ -490,6 +490,21 @@ def test_no_warmup_and_no_steps():
 
 
 @pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({"neon": True, "bf16": True}, torch.bfloat16),
+        ({"avx2": True}, torch.float32),
+    ],
+)
+def test_a_cpu_takes_bfloat16_where_it_has_instructions_for_it(monkeypatch, capabilities, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert runtime.pick_dtype("auto", torch.device("cpu")) is dtype
+    assert runtime.pick_dtype("float32", torch.device("cpu")) is torch.float32
+
+
+@pytest.mark.parametrize(
     ("name", "peak"),
     [
         ("NVIDIA H100 80GB HBM3", 989e12),
