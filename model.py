@@ -36,11 +36,16 @@ class GPTConfig:
     mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "gelu"
     tied_head: bool = True  # one matrix both embeds tokens and scores them
     residual_init: Literal["scaled", "zero"] = "scaled"
+    init_std: float = (
+        0.02  # of matrices, GPT-2's; near 1 / sqrt(n_embd) a small model learns faster
+    )
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a positive whole number")
+        if not 0 < self.init_std <= 1:
+            raise ValueError(f"init_std={self.init_std!r} is not above 0 and at most 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if self.position == "rotary" and self.head_size % 2:
@@ -100,26 +105,25 @@ class Norm(nn.Module):
 
 
 def rotary_table(head_size: int, block_size: int) -> torch.Tensor:
-    """Cosines and sines of position * frequency: (2, block_size, hs / 2). Su et al. 2021."""
+    """cos, then -sin and sin, of position * frequency: (2, block_size, hs). Su et al. 2021."""
     frequency = 10000.0 ** (-torch.arange(0, head_size, 2) / head_size)
-    angle = torch.outer(torch.arange(block_size), frequency)
-    return torch.stack((angle.cos(), angle.sin()))
+    angle = torch.outer(torch.arange(block_size), frequency)  # (block_size, hs / 2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cos, cos), dim=1), torch.cat((-sin, sin), dim=1)))
 
 
 def rotate(x, rotary):
     """Turn channel pairs (i, i + hs/2) of x (B, T, heads, hs) by their position's angles."""
-    cos, sin = rotary.to(x.dtype)[:, :, None]  # (T, 1, hs / 2) each
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    cos, sin = rotary.to(x.dtype)[:, :, None]  # (T, 1, hs) each
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin  # the halves change places
 
 
 def attend(q, k, v, **options):
     """Scaled dot-product attention in `attention_dtype`; (B, nh, T, hs) each, and the result."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, **options)
-    wide = (x.to(attention_dtype(x)) for x in (q, k, v))
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(*wide, **options).to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v.to(q.dtype), **options)
 
 
 class CausalSelfAttention(nn.Module):
@@ -135,7 +139,9 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rotary, cache: KVCache | None):
         B, T, C = x.shape
         nh, hs = self.config.n_head, self.config.head_size
-        qk, v = self.c_attn(x).view(B, T, 3 * nh, hs).split((2 * nh, nh), dim=2)
+        qkv = self.c_attn(x).view(B, T, 3 * nh, hs)
+        qk, v = qkv.split((2 * nh, nh), dim=2)
+        qk = qk.to(attention_dtype(qk))
         if self.config.qk_norm:  # Henry et al. 2020
             qk = F.rms_norm(qk, (hs,))
         if rotary is not None:
@@ -157,7 +163,7 @@ class CausalSelfAttention(nn.Module):
             is_causal=past == 0 and T > 1,
             dropout_p=self.config.dropout if self.training else 0.0,
         )  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -234,7 +240,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self):
-        """GPT-2's: normal with deviation 0.02, residual projections damped by depth, or zero.
+        """GPT-2's: normal with one deviation, residual projections damped by depth, or zero.
 
         The first logits are near zero, so that the first loss is ln(V) to 1 %: an untied head
         starts at zero, a tied one behind a small final gain, smaller still where nothing yet
@@ -244,15 +250,16 @@ class GPT(nn.Module):
         is_zero = config.residual_init == "zero"
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                nn.init.normal_(p, std=0.0 if is_zero else 0.02 / math.sqrt(2 * config.n_layer))
+                damped = config.init_std / math.sqrt(2 * config.n_layer)
+                nn.init.normal_(p, std=0.0 if is_zero else damped)
             elif p.dim() == 2:
-                nn.init.normal_(p, std=0.02)
+                nn.init.normal_(p, std=config.init_std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         if config.tied_head:
             # Chosen by trying widths 64 to 768: the first loss stays within 1 % of ln(V).
-            gain = 50 / config.n_embd if is_zero else 7 / math.sqrt(config.n_embd)
-            nn.init.constant_(self.transformer.ln_f.weight, min(1.0, gain))
+            gain = 1 / config.n_embd if is_zero else 0.14 / math.sqrt(config.n_embd)
+            nn.init.constant_(self.transformer.ln_f.weight, min(1.0, gain / config.init_std))
         else:
             nn.init.zeros_(self.lm_head.weight)
 
@@ -291,9 +298,10 @@ class GPT(nn.Module):
 
         Matrices are decayed, vectors (gains and biases) are not; Muon may take the blocks'.
         """
-        groups = {"hidden": [], "embedding": [], "vector": []}
+        groups = {"hidden": [], "fused_qkv": [], "embedding": [], "vector": []}
         for name, p in self.named_parameters():
-            kind = "vector" if p.dim() < 2 else "hidden" if ".h." in name else "embedding"
+            kind = "fused_qkv" if name.endswith("c_attn.weight") else "hidden"
+            kind = "vector" if p.dim() < 2 else kind if ".h." in name else "embedding"
             groups[kind].append(p)
         return groups
 
@@ -308,7 +316,8 @@ class GPT(nn.Module):
         Weights that multiply, so without embedding look-ups. Chowdhery et al. 2022, appendix B.
         """
         c = self.config
-        matrices = sum(p.numel() for p in self.parameter_groups()["hidden"])
+        groups = self.parameter_groups()
+        matrices = sum(p.numel() for p in groups["hidden"] + groups["fused_qkv"])
         return 6 * (matrices + c.vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
 
 

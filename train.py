@@ -52,6 +52,7 @@ class TrainConfig:
     mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = option("gelu", "activation")
     tied_head: bool = option(True, "the output matrix is the token embedding")
     residual_init: Literal["scaled", "zero"] = option("scaled", "start of residual projections")
+    init_std: float = option(0.02, "deviation of the first weights", min=1e-6, max=1)
     vocab_multiple: int = option(1, "round the model's vocabulary up to a multiple", min=1)
     # optimizer
     optimizer: Literal["adamw", "muon"] = option("adamw", "muon: for the blocks' matrices alone")

@@ -156,12 +156,12 @@ class Trainer:
     def _update(self, loss, norm) -> None:
         """Step the optimizers; from the first non-finite step on, the weights stay as they are.
 
-        Fused AdamW skips on the device (by `found_inf`), so the loop need not wait to find out.
+        The optimizers skip on the device (by `found_inf`), so the loop need not wait to find out.
         """
         is_first_bad = ~torch.isfinite(loss + norm) & (self.first_bad_step < 0)
         self.first_bad_step = torch.where(is_first_bad, self.progress.step, self.first_bad_step)
-        if self.config.optimizer == "muon" or self.device.type == "mps":
-            self.raise_if_not_finite()  # these do not look at found_inf
+        if self.device.type == "mps":
+            self.raise_if_not_finite()  # its kernels do not look at found_inf
         for optimizer in self.optimizers:
             if not self.scaler.is_enabled():
                 optimizer.found_inf = (self.first_bad_step >= 0).float()
@@ -363,7 +363,7 @@ class Trainer:
         different = [
             f"{name} is {then.get(name)!r} there and {value!r} here"
             for name, value in now.items()
-            if name != "dropout" and then.get(name) != value
+            if name not in ("dropout", "init_std") and then.get(name) != value
         ]
         if saved["tokenizer"] != self.meta.tokenizer:
             different.append(f"dataset {self.config.dataset!r} now has another tokenizer")

@@ -17,7 +17,7 @@ import dataset
 import runtime
 import settings
 from errors import RunError
-from optim import learning_rate_at
+from optim import Muon, learning_rate_at
 from report import Report
 from train import TrainConfig
 from trainer import Progress, Trainer
@@ -575,3 +575,27 @@ def test_an_average_that_does_not_fit_is_refused(tiny, call):
         torch.save(saved | {"average": broken}, "out/ckpt.pt")
         code, _, err = call("train", "--init_from=resume", "--max_iters=8")
         assert code == 2 and is_one_error_line(err) and "not usable for a resume" in err
+
+
+def test_muon_is_pytorchs_with_query_key_and_value_apart():
+    torch.manual_seed(0)
+    whole = [torch.randn(shape) for shape in ((24, 8), (8, 8), (8, 8), (32, 8), (8, 32))]
+    ours = [torch.nn.Parameter(p.clone()) for p in whole]
+    parts = [*whole[0].chunk(3), *whole[1:]]
+    theirs = [torch.nn.Parameter(p.clone()) for p in parts]
+    groups = [{"params": ours[:1], "parts": 3}, {"params": ours[1:], "parts": 1}]
+    optimizers = [
+        Muon(groups, 0.1, 0.9, 0.1, torch.bfloat16),
+        torch.optim.Muon(theirs, 0.1, 0.1, 0.9),
+    ]
+    for _ in range(3):
+        grads = [torch.randn_like(p) for p in whole]
+        for p, grad in zip(ours, grads, strict=True):
+            p.grad = grad
+        for p, grad in zip(theirs, [*grads[0].chunk(3), *grads[1:]], strict=True):
+            p.grad = grad
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip([*ours[0].chunk(3), *ours[1:]], theirs, strict=True):
+        assert torch.allclose(a, b, atol=0.02), "to bfloat16's rounding"
+        assert (a - b).norm() < 0.01 * b.norm()
