@@ -10,7 +10,7 @@ Shapes:  B batch   T time, in tokens   C n_embd   nh n_head   hs head size, C / 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,12 +80,63 @@ class KVCache:
         self.v = torch.zeros_like(self.k)
         self.n_tokens = 0
 
+    def positions(self, T: int):
+        """The index of the next T tokens' positions."""
+        assert self.n_tokens + T <= self.k.size(3), "longer than block_size"
+        return slice(self.n_tokens, self.n_tokens + T)
+
     def append(self, layer: int, k, v):
         """Store the new (B, nh, T, hs) and return all keys and values of `layer` up to them."""
-        end = self.n_tokens + k.size(2)
-        self.k[layer, :, :, self.n_tokens : end] = k
-        self.v[layer, :, :, self.n_tokens : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        new = self.positions(k.size(2))
+        self.k[layer, :, :, new] = k
+        self.v[layer, :, :, new] = v
+        return self.k[layer, :, :, : new.stop], self.v[layer, :, :, : new.stop]
+
+    def mask(self, T: int):
+        """Which of the keys each of T new tokens sees; None where plain causality says it."""
+        if T == 1 or self.n_tokens == 0:  # a lone new token sees everything before it
+            return None
+        past = self.n_tokens
+        return torch.ones(T, past + T, dtype=torch.bool, device=self.k.device).tril(past)
+
+    def advance(self, T: int) -> None:
+        self.n_tokens += T
+
+    def clear(self) -> None:
+        self.n_tokens = 0
+
+
+class FixedKVCache(KVCache):
+    """The same with nothing that varies from token to token but the contents of tensors.
+
+    A compiled or recorded step can so be run again for every token. Each token looks at all of
+    the block_size slots, of which those not yet filled are masked.
+    """
+
+    def __init__(self, model: GPT, batch_size: int):
+        super().__init__(model, batch_size)
+        self.slots = torch.arange(self.k.size(3), device=self.k.device)
+        self.end = torch.zeros((), dtype=torch.int64, device=self.k.device)
+        for tensor in (self.k, self.v, self.slots, self.end):
+            torch._dynamo.mark_static_address(tensor)  # what CUDA graphs ask for
+
+    def positions(self, T: int):
+        return self.end + self.slots[:T]
+
+    def append(self, layer: int, k, v):
+        new = self.positions(k.size(2))
+        self.k[layer].index_copy_(2, new, k.to(self.k.dtype))
+        self.v[layer].index_copy_(2, new, v.to(self.v.dtype))
+        return self.k[layer], self.v[layer]
+
+    def mask(self, T: int):
+        return self.slots <= self.positions(T)[:, None]  # (T, block_size)
+
+    def advance(self, T: int) -> None:
+        self.end += T
+
+    def clear(self) -> None:
+        self.end.zero_()
 
 
 class Norm(nn.Module):
@@ -147,20 +198,16 @@ class CausalSelfAttention(nn.Module):
         if rotary is not None:
             qk = rotate(qk, rotary)
         q, k, v = (part.transpose(1, 2) for part in (*qk.chunk(2, dim=2), v))  # (B, nh, T, hs)
-        past = 0
-        if cache is not None:
-            past = cache.n_tokens
-            k, v = cache.append(self.layer, k, v)
-        # A lone new token sees everything before it; several see a shifted triangle.
         mask = None
-        if past and T > 1:
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        if cache is not None:
+            mask = cache.mask(T)
+            k, v = cache.append(self.layer, k, v)
         y = attend(
             q,
             k,
             v,
             attn_mask=mask,
-            is_causal=past == 0 and T > 1,
+            is_causal=mask is None and T > 1,
             dropout_p=self.config.dropout if self.training else 0.0,
         )  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)
@@ -271,20 +318,20 @@ class GPT(nn.Module):
         cache: idx continues what the cache has read, which it is appended to.
         last_only: logits of the last position alone, (B, 1, V).
         """
-        past = cache.n_tokens if cache is not None else 0
         T = idx.size(1)
-        assert past + T <= self.config.block_size, "longer than block_size"
+        assert self.config.block_size >= T, "longer than block_size"
+        positions = cache.positions(T) if cache is not None else slice(T)
         x = self.transformer.wte(idx)  # (B, T, C)
         rotary = None
         if self.rotary is None:
-            x = x + self.transformer.wpe.weight[past : past + T]
+            x = x + self.transformer.wpe.weight[positions]
         else:
-            rotary = self.rotary[:, past : past + T]
+            rotary = self.rotary[:, positions]
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             x = block(x, rotary, cache)
         if cache is not None:
-            cache.n_tokens += T
+            cache.advance(T)
         if last_only:
             x = x[:, -1:]
         logits = self.lm_head(self.transformer.ln_f(x))
@@ -364,26 +411,30 @@ def generate(
     top_p: float = 1.0,
     vocab_size: int | None = None,
     use_cache: bool = True,
+    read_one: Callable | None = None,
 ) -> Iterator[torch.Tensor]:
     """Continue idx (B, T), T >= 1; yields one (B,) tensor of new tokens a step.
 
     noise: (B,) uniform numbers in [0, 1) for each step; a row's tokens depend on its own alone.
     vocab_size: ids from here on are padding and never drawn.
     use_cache: False computes every step from scratch: slow, and the same text.
+    read_one: the model compiled for reading one token, with a cache that suits it.
 
     A context that has outgrown block_size is cut to its most recent half window and read anew, so
     the cost of a token stays bounded.
     """
     block_size = model.config.block_size
-    cache = None
     idx = context = idx[:, -block_size:]
+    cache = None
+    if use_cache:
+        cache = (KVCache if read_one is None else FixedKVCache)(model, idx.size(0))
     for uniform in noise:
         if context.size(1) > block_size:
             idx = context = context[:, -max(1, block_size // 2) :]
-            cache = None
-        if use_cache and cache is None:
-            cache = KVCache(model, idx.size(0))
-        logits, _ = model(idx, cache=cache, last_only=True)
+            if use_cache:
+                cache.clear()
+        read = model if read_one is None or idx.size(1) > 1 else read_one
+        logits, _ = read(idx, cache=cache, last_only=True)
         probs = probabilities(logits[:, -1, :vocab_size], temperature, top_k, top_p)
         idx = pick(probs, uniform)
         context = torch.cat((context, idx), dim=1)

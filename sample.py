@@ -33,6 +33,7 @@ class SampleConfig:
     seed: int = option(1337, "same seed, same texts", min=0, max=2**32 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: DType = option("auto", "format of the weights and of matrix products")
+    compile: bool = option(False, "torch.compile the reading of a token: for long texts on a GPU")
 
 
 SEPARATOR = "---------------"
@@ -141,6 +142,7 @@ def tokens(model, tokenizer: tokenizers.Tokenizer, ids: np.ndarray, config: Samp
         top_k=config.top_k,
         top_p=config.top_p,
         vocab_size=tokenizer.vocab_size,
+        read_one=torch.compile(model, mode="reduce-overhead") if config.compile else None,
     )
     return (step.tolist() for step in steps)
 

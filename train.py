@@ -83,6 +83,9 @@ class TrainConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: DType = option("auto", "format of matrix products")
     compile: bool | Literal["auto"] = option("auto", "torch.compile; auto: on CUDA")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = option(
+        "default", "of torch.compile; reduce-overhead records CUDA graphs"
+    )
     backend: str = option("nccl", "process group backend; one process needs none")
     seed: int = option(1337, "of weights, data order and dropout", min=0, max=2**32 - 1)
 

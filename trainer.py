@@ -68,7 +68,15 @@ class Trainer:
             self._restore(saved)
 
         self.compiles = runtime.pick_compile(config.compile, self.device)
-        self.forward = torch.compile(self.model) if self.compiles else self.model
+        self.forward = self.model
+        if self.compiles:
+            self.forward = torch.compile(self.model, mode=config.compile_mode)
+        # A recorded graph writes its gradients to the same place at each replay, so they are added
+        # to gradients of our own instead of becoming them.
+        self.keeps_gradients = self.compiles and config.compile_mode == "reduce-overhead"
+        if self.keeps_gradients:
+            for p in self.model.parameters():
+                p.grad = torch.zeros_like(p)
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self.upcoming: list | None = None  # the next step's micro-batches
 
@@ -150,7 +158,7 @@ class Trainer:
             self.raise_if_not_finite()
         self.scaler.update()
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         return False
 
     def _update(self, loss, norm) -> None:
@@ -166,7 +174,7 @@ class Trainer:
             if not self.scaler.is_enabled():
                 optimizer.found_inf = (self.first_bad_step >= 0).float()
             self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         self.scaler.update()
 
     def raise_if_not_finite(self) -> None:

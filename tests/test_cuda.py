@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),  # the compiler's advice
 ]
 
-ON_GPU = [flag for flag in TINY if not flag.startswith("--device")]
+ON_GPU = [flag for flag in TINY if not flag.startswith(("--device", "--dtype"))]
 DROPOUT = ["--dropout=0.2", "--max_iters=12", "--log_interval=1"]
 
 
@@ -30,14 +30,25 @@ def test_cuda_is_taken_without_a_flag(tiny, call):
 
 
 def test_compiled_and_plain_runs_agree(tiny, call):
-    for name, flags in {"plain": ["--compile=false"], "compiled": []}.items():
-        flags = [*ON_GPU, "--dtype=float32", f"--out_dir={name}", *flags]
-        assert call("train", *flags)[0] == 0
+    ways = {
+        "plain": ["--compile=false"],
+        "compiled": [],
+        "recorded": ["--compile_mode=reduce-overhead"],  # TINY accumulates over two micro-steps
+    }
     losses = []
-    for name in ("plain", "compiled"):
+    for name, flags in ways.items():
+        assert call("train", *ON_GPU, "--dtype=float32", f"--out_dir={name}", *flags)[0] == 0
         lines = map(json.loads, Path(f"{name}/metrics.jsonl").read_text().splitlines())
         losses.append([line["val_loss"] for line in lines if "val_loss" in line])
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-2)
+
+
+def test_compiled_sampling_writes_the_same_text(tiny, call):
+    call("train", *ON_GPU, "--compile=false", "--max_iters=40")
+    flags = ["--num_samples=2", "--max_new_tokens=60", "--dtype=float32"]
+    plain = call("sample", *flags)
+    assert call("sample", *flags, "--compile=true") == plain and plain[0] == 0
 
 
 @pytest.mark.parametrize("flags", [["--compile=false"], ["--optimizer=muon", "--compile=false"]])
@@ -50,7 +61,10 @@ def test_resume_is_bitwise_equal_to_never_stopping(tiny, call, flags):
     assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
 
 
-@pytest.mark.parametrize("flags", [["--dtype=bfloat16"], ["--dtype=float32"]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--dtype=bfloat16"], ["--dtype=float32"], ["--optimizer=muon", "--average_decay=0.9"]],
+)
 def test_a_step_does_not_wait_for_the_device(tiny, flags):
     run = Trainer(settings.load(TrainConfig, [*ON_GPU, "--compile=false", *flags], usage=""))
     run.train_step()

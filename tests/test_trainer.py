@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -599,3 +600,21 @@ def test_muon_is_pytorchs_with_query_key_and_value_apart():
     for a, b in zip([*ours[0].chunk(3), *ours[1:]], theirs, strict=True):
         assert torch.allclose(a, b, atol=0.02), "to bfloat16's rounding"
         assert (a - b).norm() < 0.01 * b.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_compiled_runs_and_samples_are_the_plain_ones(tiny, call):
+    flags = [*TINY, "--position=rotary", "--qk_norm=true", "--mlp=swiglu"]
+    call("train", *flags, "--out_dir=plain")
+    call("train", *flags, "--out_dir=compiled", "--compile=true", "--compile_mode=reduce-overhead")
+    losses = [
+        [line["val_loss"] for line in metrics(f"{name}/metrics.jsonl") if "val_loss" in line]
+        for name in ("plain", "compiled")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and len(losses[0]) == 3
+    sample = ["--out_dir=plain", "--device=cpu", "--dtype=float32", "--max_new_tokens=60"]
+    plain = call("sample", *sample, "--num_samples=2")
+    assert call("sample", *sample, "--num_samples=2", "--compile=true") == plain
+    assert plain[0] == 0
