@@ -118,7 +118,10 @@ def _time_training(trainer) -> dict:
 
 
 def _time_sampling(trainer) -> dict:
-    """Prefill of one full window, then decoding it token by token, in sample.py's own way."""
+    """Prefill of one full window, then decoding it token by token, in sample.py's own way.
+
+    With its --compile=true where training is compiled too.
+    """
     import copy
 
     import torch
@@ -128,6 +131,7 @@ def _time_sampling(trainer) -> dict:
 
     device, block_size = trainer.device, trainer.config.block_size
     model = copy.deepcopy(trainer.model).eval().to(trainer.dtype)
+    read_one = runtime.compiled_decoding(model) if trainer.compiles else None
     figures = {}
     for n in SAMPLE_COUNTS:
         idx = torch.zeros(n, block_size, dtype=torch.int64, device=device)
@@ -138,7 +142,7 @@ def _time_sampling(trainer) -> dict:
             model(idx, cache=KVCache(model, len(idx)), last_only=True)
 
         def decode(idx=idx, noise=noise):
-            for _ in generate(model, idx[:, :1], noise, top_k=200):
+            for _ in generate(model, idx[:, :1], noise, top_k=200, read_one=read_one):
                 pass
 
         for work in (prefill, decode):

@@ -10,6 +10,7 @@ Which windows a training step sees depends on (seed, step) alone; see `train_sta
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import typing
 from collections.abc import Iterable
@@ -157,9 +158,27 @@ class Split:
 
 
 def train_starts(n_tokens: int, block_size: int, n_windows: int, seed: int, step: int):
-    """Where a step's windows begin, (n_windows,) int64: a function of seed and step alone."""
-    rng = np.random.default_rng([seed, step])
-    return rng.integers(0, n_tokens - block_size, size=n_windows)
+    """Where a step's windows begin, (n_windows,) int64: a function of seed and step alone.
+
+    Each epoch cuts the split into windows side by side, at a phase of its own, and shuffles them:
+    no token comes twice before the others came once.
+    """
+    per_epoch = max(1, n_tokens // block_size - 1)
+    epochs, places = np.divmod(step * n_windows + np.arange(n_windows), per_epoch)
+    starts = np.empty(n_windows, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        order, phase = _epoch(n_tokens, block_size, per_epoch, seed, int(epoch))
+        here = epochs == epoch
+        starts[here] = order[places[here]] * block_size + phase
+    return starts
+
+
+@functools.lru_cache(maxsize=2)  # a step may see the end of one and the start of the next
+def _epoch(n_tokens: int, block_size: int, per_epoch: int, seed: int, epoch: int):
+    """-> the shuffled numbers of an epoch's windows, the start of the first."""
+    rng = np.random.default_rng([seed, epoch])
+    phase = rng.integers(0, n_tokens - per_epoch * block_size)
+    return rng.permutation(per_epoch), phase
 
 
 def eval_starts(n_tokens: int, block_size: int, n_windows: int, whole: bool) -> np.ndarray:

@@ -85,6 +85,11 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+def compiled_decoding(model: torch.nn.Module):
+    """The model for `generate`'s read_one: on CUDA, each token is the replay of a graph."""
+    return torch.compile(model, mode="reduce-overhead", dynamic=False)
+
+
 @contextlib.contextmanager
 def fast_decoding(model: torch.nn.Module):
     """In the block, a CPU reads one token alone with PyTorch's own matrix-vector kernel.

@@ -125,6 +125,7 @@ def tokens(model, tokenizer: tokenizers.Tokenizer, ids: np.ndarray, config: Samp
     """
     import torch
 
+    import runtime
     from model import generate
 
     device = model.lm_head.weight.device
@@ -142,7 +143,7 @@ def tokens(model, tokenizer: tokenizers.Tokenizer, ids: np.ndarray, config: Samp
         top_k=config.top_k,
         top_p=config.top_p,
         vocab_size=tokenizer.vocab_size,
-        read_one=torch.compile(model, mode="reduce-overhead") if config.compile else None,
+        read_one=runtime.compiled_decoding(model) if config.compile else None,
     )
     return (step.tolist() for step in steps)
 

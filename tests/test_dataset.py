@@ -109,6 +109,16 @@ def test_train_windows_reach_every_token():
     assert set(starts.tolist()) == {0, 1, 2, 3, 4}
 
 
+def test_an_epoch_has_every_token_once_in_an_order_of_its_own():
+    steps = [dataset.train_starts(1003, 10, 11, seed=0, step=step) for step in range(18)]
+    epochs = np.concatenate(steps).reshape(2, 99)  # steps of 11 windows, epochs of 99
+    for starts in epochs:
+        assert (np.diff(np.sort(starts)) == 10).all()
+    assert len(set(epochs[:, 0])) == 2 and (np.diff(epochs[0]) != 10).any()
+    across = dataset.train_starts(1003, 10, 200, seed=0, step=0)
+    assert (across[:198] == epochs.ravel()).all(), "however the steps cut them"
+
+
 @given(st.integers(2, 200), st.integers(1, 50))
 def test_whole_evaluation_predicts_every_token_but_the_first_once(n_tokens, block_size):
     split = dataset.Split(np.arange(n_tokens, dtype=np.uint16), n_tokens, CPU, "x.bin")

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# What RESULTS.md still owes from a GPU, in one go, the tests first. Needs the two Shakespeare
+# datasets prepared; the path of a nanoGPT checkout with its own data prepared adds the comparison.
+#
+#     tests/gpu_figures.sh RESULT_FOLDER [NANOGPT_FOLDER]
+set -u
+results=$(mkdir -p "$1" && cd "$1" && pwd)
+nanogpt=${2:-}
+cd "$(dirname "$0")/.."
+
+step() { # step NAME COMMAND...: run it, keep its output, show its last line and its time
+    local name=$1 started=$SECONDS
+    shift
+    "$@" > "$results/$name.txt" 2>&1
+    echo "$name: exit $?, $((SECONDS - started)) s: $(tail -n 1 "$results/$name.txt")"
+}
+
+step cuda_tests python -m pytest -m cuda -q
+
+for mode in default reduce-overhead; do
+    for config in shakespeare_char speedrun; do
+        step "bench_${config}_$mode" python bench.py "config/$config.py" \
+            --compile_mode=$mode --json="$results/bench_${config}_$mode.json"
+    done
+done
+step bench_gpt2_124M python bench.py config/shakespeare.py --n_layer=12 --n_head=12 --n_embd=768 \
+    --block_size=1024 --batch_size=32 --dropout=0 --timed_steps=50 \
+    --json="$results/bench_gpt2_124M.json"
+step plan_gpt2_124M python bench.py config/shakespeare.py --n_layer=12 --n_head=12 --n_embd=768 \
+    --block_size=1024 --batch_size=32 --dropout=0 --plan --json="$results/plan_gpt2_124M.json"
+
+for config in speedrun shakespeare_char; do
+    for seed in 1337 1338 1339; do
+        step "train_${config}_$seed" python train.py "config/$config.py" --seed=$seed \
+            --out_dir="$results/out_${config}_$seed"
+    done
+done
+
+if [ -n "$nanogpt" ]; then
+    cd "$nanogpt"
+    step nanogpt_train python train.py config/train_shakespeare_char.py
+    step nanogpt_sample python sample.py --out_dir=out-shakespeare-char --num_samples=1
+fi
