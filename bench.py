@@ -43,6 +43,8 @@ def main(argv: list[str]) -> int:
     import runtime
 
     runtime.refuse_several_processes()
+    if config.json and not Path(config.json).parent.is_dir():
+        raise InputError(f"json={config.json}: there is no such folder")
     with runtime.out_of_memory_advice(f"lower batch_size={config.batch_size}"):
         figures = plan(config) if config.plan else measure(config)
     width = max(map(len, figures))
@@ -118,9 +120,9 @@ def _time_training(trainer) -> dict:
 
 
 def _time_sampling(trainer) -> dict:
-    """Prefill of one full window, then decoding it token by token, in sample.py's own way.
+    """Prefill of one full window, then decoding from one token on, as sample.py does it.
 
-    With its --compile=true where training is compiled too.
+    Decoding is compiled where the training is.
     """
     import copy
 
@@ -135,15 +137,15 @@ def _time_sampling(trainer) -> dict:
     figures = {}
     for n in SAMPLE_COUNTS:
         idx = torch.zeros(n, block_size, dtype=torch.int64, device=device)
-        noise = torch.rand(block_size, n, device=device)
 
         @torch.inference_mode()
         def prefill(idx=idx):
             model(idx, cache=KVCache(model, len(idx)), last_only=True)
 
-        def decode(idx=idx, noise=noise):
-            for _ in generate(model, idx[:, :1], noise, top_k=200, read_one=read_one):
-                pass
+        def decode(idx=idx):
+            noise = (torch.rand(len(idx)).to(device) for _ in range(block_size))
+            for tokens in generate(model, idx[:, :1], noise, top_k=200, read_one=read_one):
+                tokens.tolist()  # they are to be printed
 
         for work in (prefill, decode):
             with runtime.fast_decoding(model):
@@ -177,10 +179,9 @@ def plan(config: BenchConfig) -> dict:
             f"the {rows} windows of a step do not divide over {config.devices} devices"
         )
     with FakeTensorMode():  # tensors with shapes, without memory
-        model, memory = _memory_of_a_step(config, min(config.batch_size, rows // config.devices))
+        model, memory = _plan_memory(config, rows // config.devices)
     tokens = config.max_iters * config.tokens_per_step
     rate = config.devices * config.peak_tflops * 1e12 * config.assumed_mfu
-    seconds = tokens * model.flops_per_token() / rate
     return {
         "parameters": model.n_parameters(),
         "flops_per_token": int(model.flops_per_token()),
@@ -188,18 +189,20 @@ def plan(config: BenchConfig) -> dict:
         "steps": config.max_iters,
         "tokens": tokens,
         **memory,
-        "training_s": seconds,
+        "training_s": tokens * model.flops_per_token() / rate,
     }
 
 
-def _memory_of_a_step(config: BenchConfig, batch_size: int) -> tuple:
-    """-> the model, MB on one device at the highest point of a step, by kind.
+def _plan_memory(config: BenchConfig, rows: int) -> tuple:
+    """-> the model, MB by kind on one device that takes `rows` windows of a step.
 
-    Without torch.compile, which keeps fewer activations. Of a GPU unless device=cpu: there matrix
-    products are in bfloat16, and attention keeps nothing for its dropout.
+    The memory of the highest moment is less than the sum: gradients come as activations go. Of a
+    GPU unless device=cpu: matrix products in bfloat16, and attention without float32 or dropout
+    masks. Without torch.compile, which keeps fewer activations, and without the dataset.
     """
+    from unittest import mock
+
     import torch
-    from torch.distributed._tools.mem_tracker import MemTracker
 
     import runtime
     from model import GPT
@@ -208,36 +211,52 @@ def _memory_of_a_step(config: BenchConfig, batch_size: int) -> tuple:
 
     vocab_size = config.vocab_size or dataset.read(dataset_folder(config.dataset))[0].vocab_size
     model = GPT(model_config(config, vocab_size))
-    optimizers = make_optimizers(model, config)
-    device = torch.device("cpu")  # of the stand-ins, whatever the device that is planned for
     is_gpu = config.device != "cpu"
-    dtype = runtime.pick_dtype(
-        "bfloat16" if is_gpu and config.dtype == "auto" else config.dtype, device
-    )
+    name = "bfloat16" if is_gpu and config.dtype == "auto" else config.dtype
+    dtype = runtime.pick_dtype(name, torch.device("cpu"))
+    optimizers = make_optimizers(model, config, dtype)
+    batch_size = min(rows, config.batch_size)
+    idx = torch.zeros(batch_size, config.block_size, dtype=torch.int64)
     if is_gpu:
         model.config.dropout = 0.0  # what attention reads; the Dropout modules keep theirs
-    idx = torch.zeros(batch_size, config.block_size, dtype=torch.int64)
+        with mock.patch("model.attention_dtype", lambda x: x.dtype):
+            peak = _peak_of_a_step(model, optimizers, idx, rows > batch_size, dtype)
+    else:
+        peak = _peak_of_a_step(model, optimizers, idx, rows > batch_size, dtype)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    average = weights if config.average_decay else 0
+    n_bytes = {
+        "weights": weights + average,
+        "gradients": weights,
+        "optimizer": peak["OPT"],
+        "activations": peak["ACT"] + peak["TEMP"] + peak["OTH"],
+        "memory": peak["Total"] + average,
+    }
+    return model, {f"{kind}_MB": value / 1e6 for kind, value in n_bytes.items()}
+
+
+def _peak_of_a_step(model, optimizers, idx, accumulates: bool, dtype) -> dict:
+    """-> bytes at the highest moment, by the kinds of PyTorch's tracker."""
+    import torch
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    import runtime
+
+    device = torch.device("cpu")
     tracker = MemTracker()
     tracker.track_external(model, *optimizers)
     with tracker:
         for _ in range(2):  # the optimizer's state appears in the first
-            for _ in range(min(2, config.gradient_accumulation_steps)):
+            for _ in range(1 + accumulates):
                 with runtime.autocast(device, dtype):
                     _, loss = model(idx, idx)
                 loss.backward()
+                tracker.reset_mod_stats()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            tracker.reset_mod_stats()
     peak = tracker.get_tracker_snapshot("peak")[device]
-    peak = {str(kind).rpartition(".")[2]: n_bytes / 1e6 for kind, n_bytes in peak.items()}
-    return model, {
-        "weights_MB": peak["PARAM"] + peak["BUFFER"],
-        "gradients_MB": peak["GRAD"],
-        "optimizer_MB": peak["OPT"],
-        "activations_MB": peak["ACT"] + peak["TEMP"] + peak["OTH"],
-        "memory_MB": peak["Total"],
-    }
+    return {str(kind).rpartition(".")[2]: n_bytes for kind, n_bytes in peak.items()}
 
 
 if __name__ == "__main__":

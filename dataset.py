@@ -160,8 +160,8 @@ class Split:
 def train_starts(n_tokens: int, block_size: int, n_windows: int, seed: int, step: int):
     """Where a step's windows begin, (n_windows,) int64: a function of seed and step alone.
 
-    Each epoch cuts the split into windows side by side, at a phase of its own, and shuffles them:
-    no token comes twice before the others came once.
+    Each epoch cuts the split into windows side by side, from a start of its own, and shuffles
+    them. It so reads every token once, but for fewer than two windows' worth at the two ends.
     """
     per_epoch = max(1, n_tokens // block_size - 1)
     epochs, places = np.divmod(step * n_windows + np.arange(n_windows), per_epoch)
@@ -175,7 +175,7 @@ def train_starts(n_tokens: int, block_size: int, n_windows: int, seed: int, step
 
 @functools.lru_cache(maxsize=2)  # a step may see the end of one and the start of the next
 def _epoch(n_tokens: int, block_size: int, per_epoch: int, seed: int, epoch: int):
-    """-> the shuffled numbers of an epoch's windows, the start of the first."""
+    """-> the shuffled numbers of an epoch's windows (8 bytes each), the start of the first."""
     rng = np.random.default_rng([seed, epoch])
     phase = rng.integers(0, n_tokens - per_epoch * block_size)
     return rng.permutation(per_epoch), phase

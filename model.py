@@ -109,8 +109,8 @@ class KVCache:
 class FixedKVCache(KVCache):
     """The same with nothing that varies from token to token but the contents of tensors.
 
-    A compiled or recorded step can so be run again for every token. Each token looks at all of
-    the block_size slots, of which those not yet filled are masked.
+    A compiled or recorded step can so be run again for every token. The tensor `end` counts in
+    place of n_tokens; each token looks at all block_size slots, masked from there on.
     """
 
     def __init__(self, model: GPT, batch_size: int):
@@ -341,14 +341,21 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(scores, targets, ignore_index=-1, reduction=reduction)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Every trained tensor, once: the matrices of the blocks, the other matrices, vectors.
+        """Every trained tensor, once.
 
-        Matrices are decayed, vectors (gains and biases) are not; Muon may take the blocks'.
+        fused_qkv: query, key and value matrices, stacked (3 C, C). hidden: the blocks' other
+        matrices. embedding: the matrices outside the blocks. vector: gains and biases.
         """
-        groups = {"hidden": [], "fused_qkv": [], "embedding": [], "vector": []}
+        groups = {"fused_qkv": [], "hidden": [], "embedding": [], "vector": []}
         for name, p in self.named_parameters():
-            kind = "fused_qkv" if name.endswith("c_attn.weight") else "hidden"
-            kind = "vector" if p.dim() < 2 else kind if ".h." in name else "embedding"
+            if p.dim() < 2:
+                kind = "vector"
+            elif ".h." not in name:
+                kind = "embedding"
+            elif name.endswith("c_attn.weight"):
+                kind = "fused_qkv"
+            else:
+                kind = "hidden"
             groups[kind].append(p)
         return groups
 
@@ -424,7 +431,7 @@ def generate(
     the cost of a token stays bounded.
     """
     block_size = model.config.block_size
-    idx = context = idx[:, -block_size:]
+    idx = context = idx[:, -block_size:].clone()  # now an inference tensor, as all that follow
     cache = None
     if use_cache:
         cache = (KVCache if read_one is None else FixedKVCache)(model, idx.size(0))

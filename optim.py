@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-import runtime
-
 if TYPE_CHECKING:
     from model import GPT
     from train import TrainConfig
@@ -54,7 +52,7 @@ class Muon(torch.optim.Optimizer):
 
     def _step_together(self, params: list, group: dict) -> None:
         for p in params:
-            if p not in self.state:
+            if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads = [p.grad for p in params]
         averages = [self.state[p]["momentum_buffer"] for p in params]
@@ -72,8 +70,12 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(params, update.reshape(x.shape).unbind(), alpha=-rate)
 
 
-def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: GPT, config: TrainConfig, dtype: torch.dtype
+) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest.
+
+    dtype: of matrix products, Muon's included; its range is too wide for float16.
 
     Loshchilov & Hutter 2019; Jordan et al. 2024. Matrices are decayed, gains and biases are not.
     """
@@ -85,8 +87,7 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
             {"params": groups["hidden"], "parts": 1},
             {"params": groups["fused_qkv"], "parts": 3},
         ]
-        is_fast = runtime.pick_dtype("auto", matrices[0].device) == torch.bfloat16
-        dtype = torch.bfloat16 if is_fast else torch.float32
+        dtype = torch.float32 if dtype == torch.float16 else dtype
         options = (config.muon_learning_rate, config.muon_momentum, config.weight_decay, dtype)
         optimizers.append(Muon(stacks, *options))
     else:

@@ -62,7 +62,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    """Whether it has instructions for that; an older PyTorch cannot tell."""
+    """Whether it has instructions for that; an older PyTorch cannot tell, a Mac's has no use."""
+    if sys.platform == "darwin":
+        return False
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
@@ -132,7 +134,7 @@ def wait_for(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that tensors took on a GPU; on a CPU, that the whole process took."""
+    """The most that tensors took on a CUDA device; elsewhere, that the whole process took."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not there on Windows

@@ -67,7 +67,7 @@ def load(cls, argv: list[str], *, usage: str, positional: str | None = None, bas
 def _split_argv(argv, types_of):
     """-> (words, [(name, text)], problems); `--key=value` and `--key value` are the same.
 
-    A boolean option without a value is true.
+    A boolean option without a value, before another flag or a config file or last, is true.
     """
     words, flags, problems = [], [], []
     rest = list(argv)
@@ -77,8 +77,8 @@ def _split_argv(argv, types_of):
             words.append(word)
             continue
         name, equals, text = word[2:].partition("=")
-        is_bare = not rest or rest[0].lower() not in ("true", "false")
-        if not equals and types_of.get(name) is bool and is_bare:
+        has_no_value = not rest or rest[0].startswith("--") or rest[0].endswith(".py")
+        if not equals and has_no_value and bool in _alternatives(types_of.get(name)):
             text = "true"
         elif not equals:
             if not rest or rest[0].startswith("--"):

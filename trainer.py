@@ -58,7 +58,7 @@ class Trainer:
 
         torch.manual_seed(config.seed)
         self.model = GPT(self.model_config).to(self.device)
-        self.optimizers = make_optimizers(self.model, config)
+        self.optimizers = make_optimizers(self.model, config, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress = Progress()
         self.average: list = []  # of the weights over the steps
@@ -112,7 +112,8 @@ class Trainer:
         self._update(loss, norm)
         if self.average:
             weights = [p.detach() for p in self.model.parameters()]
-            torch._foreach_lerp_(self.average, weights, 1 - config.average_decay)
+            decay = min(config.average_decay, (1 + step) / (10 + step))  # soon rid of the start
+            torch._foreach_lerp_(self.average, weights, 1 - decay)
         self.progress.step += 1
         self.progress.tokens += config.tokens_per_step
         # While the device is still at work, and before a log line waits for it.
@@ -151,7 +152,7 @@ class Trainer:
 
         The step is then made again from the same windows and dropout, so that N stays N updates.
         """
-        if torch.isfinite(norm):
+        if torch.isfinite(norm + loss):
             return True
         if not torch.isfinite(loss) or self.scaler.get_scale() < 1:
             self.first_bad_step.fill_(self.progress.step)
@@ -197,8 +198,10 @@ class Trainer:
         weights = [p.detach() for p in self.model.parameters()]
         latest = [p.clone() for p in weights]
         torch._foreach_copy_(weights, self.average)
-        yield
-        torch._foreach_copy_(weights, latest)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(weights, latest)
 
     def evaluate(self) -> dict:
         """Nats a token on both splits: the same weights always give the same numbers."""
@@ -224,7 +227,7 @@ class Trainer:
             idx, targets = split.windows(part, config.block_size)
             with runtime.autocast(self.device, self.dtype):
                 _, loss_sum = self.forward(idx, targets, reduction="sum")
-            sums.append(loss_sum)
+            sums.append(loss_sum.clone())  # a recorded graph would write over it
             counts.append((targets != dataset.IGNORE_INDEX).sum())
         self.model.train()
         return float(torch.stack(sums).cpu().double().sum() / torch.stack(counts).cpu().sum())

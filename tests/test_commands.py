@@ -52,7 +52,7 @@ compile = False
 """
 
 
-@pytest.mark.parametrize("script", ["prepare", "train", "sample"])
+@pytest.mark.parametrize("script", ["prepare", "train", "sample", "bench", "plot"])
 def test_help_is_quick_and_complete(folder, script):
     seconds = []
     for _ in range(3):

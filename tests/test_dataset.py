@@ -109,11 +109,11 @@ def test_train_windows_reach_every_token():
     assert set(starts.tolist()) == {0, 1, 2, 3, 4}
 
 
-def test_an_epoch_has_every_token_once_in_an_order_of_its_own():
+def test_an_epoch_has_every_token_at_most_once_in_an_order_of_its_own():
     steps = [dataset.train_starts(1003, 10, 11, seed=0, step=step) for step in range(18)]
     epochs = np.concatenate(steps).reshape(2, 99)  # steps of 11 windows, epochs of 99
     for starts in epochs:
-        assert (np.diff(np.sort(starts)) == 10).all()
+        assert (np.diff(np.sort(starts)) == 10).all() and len(starts) * 10 > 1003 - 2 * 10
     assert len(set(epochs[:, 0])) == 2 and (np.diff(epochs[0]) != 10).any()
     across = dataset.train_starts(1003, 10, 200, seed=0, step=0)
     assert (across[:198] == epochs.ravel()).all(), "however the steps cut them"

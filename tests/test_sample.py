@@ -162,6 +162,11 @@ def test_the_first_sample_is_shown_while_it_is_made(capsys):
     assert capsys.readouterr().out == f"\n{SEPARATOR}\n> abc\n{SEPARATOR}\n"
 
 
+def test_bfloat16_writes_the_same_text_again(trained, call):
+    first = call("sample", *SHORT, "--dtype=bfloat16")
+    assert first[0] == 0 and call("sample", *SHORT, "--dtype=bfloat16") == first
+
+
 def test_fast_decoding_chooses_by_the_number_of_tokens_and_leaves_no_trace():
     model, chosen = GPT(GPTConfig(8, 5, 1, 1, 4)), []
     model.transformer.wte.register_forward_hook(
