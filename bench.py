@@ -39,14 +39,15 @@ class BenchConfig(TrainConfig):
 
 
 def main(argv: list[str]) -> int:
+    started = time.perf_counter()
     config = settings.load(BenchConfig, argv, usage=__doc__)
-    import runtime
+    import runtime  # and torch, for which a user waits as well
 
     runtime.refuse_several_processes()
     if config.json and not Path(config.json).parent.is_dir():
         raise InputError(f"json={config.json}: there is no such folder")
     with runtime.out_of_memory_advice(f"lower batch_size={config.batch_size}"):
-        figures = plan(config) if config.plan else measure(config)
+        figures = plan(config) if config.plan else measure(config, started)
     width = max(map(len, figures))
     for name, value in figures.items():
         print(f"{name:<{width}}  {_in_words(value)}")
@@ -67,10 +68,12 @@ def _in_words(value) -> str:
 # ---- measuring ---------------------------------------------------------------------------------
 
 
-def measure(config: BenchConfig) -> dict:
-    """Train and sample for a moment; -> figures by name, with the unit in the name."""
-    started = time.perf_counter()
-    import torch  # here, because a user waits for it as well
+def measure(config: BenchConfig, started: float) -> dict:
+    """Train and sample for a moment; -> figures by name, with the unit in the name.
+
+    started: the time.perf_counter() from which start-up counts.
+    """
+    import torch
 
     import runtime
     from trainer import Trainer
