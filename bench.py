@@ -7,6 +7,7 @@ Usage:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -220,11 +221,11 @@ def _plan_memory(config: BenchConfig, rows: int) -> tuple:
     optimizers = make_optimizers(model, config, dtype)
     batch_size = min(rows, config.batch_size)
     idx = torch.zeros(batch_size, config.block_size, dtype=torch.int64)
+    as_on_a_gpu = contextlib.nullcontext()
     if is_gpu:
         model.config.dropout = 0.0  # what attention reads; the Dropout modules keep theirs
-        with mock.patch("model.attention_dtype", lambda x: x.dtype):
-            peak = _peak_of_a_step(model, optimizers, idx, rows > batch_size, dtype)
-    else:
+        as_on_a_gpu = mock.patch("model.attention_dtype", lambda x: x.dtype)
+    with as_on_a_gpu:
         peak = _peak_of_a_step(model, optimizers, idx, rows > batch_size, dtype)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     average = weights if config.average_decay else 0

@@ -36,9 +36,7 @@ class GPTConfig:
     mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "gelu"
     tied_head: bool = True  # one matrix both embeds tokens and scores them
     residual_init: Literal["scaled", "zero"] = "scaled"
-    init_std: float = (
-        0.02  # of matrices, GPT-2's; near 1 / sqrt(n_embd) a small model learns faster
-    )
+    init_std: float = 0.02  # of matrices; small models learn faster near 1 / sqrt(n_embd)
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
