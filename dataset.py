@@ -4,13 +4,15 @@
     data/<name>/val.bin     the same
     data/<name>/meta.json   `Meta`: how many, which dtype, which tokenizer, made from what
 
-Which windows a training step sees depends on (seed, step) alone; see `train_starts`.
+meta.json has the SHA-256 of both and one of itself, so that a damaged dataset is an error. Which
+windows a training step sees depends on (seed, step) alone; see `train_starts`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import typing
 from collections.abc import Iterable
@@ -19,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from errors import InputError
-from files import staged
+from files import sha256_of, staged
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "val")
 IGNORE_INDEX = -1  # a target that carries no loss
 
@@ -41,6 +43,8 @@ class Meta:
     tokenizer: dict  # see tokenizer.py
     source: str  # the name of the text
     sha256: str  # of the text's bytes
+    train_sha256: str  # of train.bin
+    val_sha256: str
 
 
 def write(folder: Path, chunks: Iterable[tuple[str, np.ndarray]], **described) -> Meta:
@@ -51,15 +55,27 @@ def write(folder: Path, chunks: Iterable[tuple[str, np.ndarray]], **described) -
     dtype = "uint16" if described["vocab_size"] <= 2**16 else "uint32"
     described |= {"format_version": FORMAT_VERSION, "dtype": dtype}
     counts = dict.fromkeys(SPLITS, 0)
+    digests = {split: hashlib.sha256() for split in SPLITS}
     folder.mkdir(parents=True, exist_ok=True)
     with staged(folder / "train.bin", folder / "val.bin", folder / "meta.json") as files:
         handle_of = dict(zip(SPLITS, files, strict=False))
         for split, ids in chunks:
-            handle_of[split].write(ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes())
+            data = ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+            handle_of[split].write(data)
+            digests[split].update(data)
             counts[split] += len(ids)
-        meta = Meta(train_tokens=counts["train"], val_tokens=counts["val"], **described)
-        files[2].write(json.dumps(dataclasses.asdict(meta), indent=1).encode("utf-8"))
+        for split in SPLITS:
+            described[f"{split}_tokens"] = counts[split]
+            described[f"{split}_sha256"] = digests[split].hexdigest()
+        meta = Meta(**described)
+        fields = dataclasses.asdict(meta)
+        files[2].write(json.dumps(fields | {"checksum": _checksum(fields)}, indent=1).encode())
     return meta
+
+
+def _checksum(fields: dict) -> str:
+    """The SHA-256 of meta.json's other fields, in one spelling."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def read_meta(path: Path) -> Meta:
@@ -71,8 +87,10 @@ def read_meta(path: Path) -> Meta:
     except (ValueError, RecursionError):
         raise InputError(f"{path} is not valid JSON; prepare the dataset again") from None
     types_of = typing.get_type_hints(Meta)
-    if not isinstance(fields, dict) or fields.keys() != types_of.keys():
-        raise InputError(f"{path} does not describe a Quill dataset; prepare it again")
+    if not isinstance(fields, dict) or fields.keys() != types_of.keys() | {"checksum"}:
+        raise InputError(f"{path} does not describe a dataset of this Quill; prepare it again")
+    if fields.pop("checksum") != _checksum(fields):
+        raise InputError(f"{path} was changed or damaged; prepare the dataset again")
     wrong = [name for name, kind in types_of.items() if type(fields[name]) is not kind]
     meta = Meta(**fields)
     if wrong or meta.format_version != FORMAT_VERSION or meta.dtype not in ("uint16", "uint32"):
@@ -83,19 +101,23 @@ def read_meta(path: Path) -> Meta:
     return meta
 
 
-def read(folder: Path) -> tuple[Meta, np.ndarray, np.ndarray]:
-    """-> (meta, train ids, val ids), memory-mapped; raises `InputError` when anything disagrees."""
+def read(folder: Path, verify: bool = True) -> tuple[Meta, np.ndarray, np.ndarray]:
+    """-> (meta, train ids, val ids), memory-mapped; raises `InputError` when anything disagrees.
+
+    verify: read all of both files once, to compare their checksums.
+    """
     if not (folder / "meta.json").exists():
         raise InputError(
             f"dataset {folder.name!r} is not prepared ({folder / 'meta.json'} is missing): run "
             f"`python prepare.py {folder.name}`, with --input=FILE for a text of your own"
         )
     meta = read_meta(folder / "meta.json")
-    train = _map_ids(folder / "train.bin", meta, meta.train_tokens)
-    return meta, train, _map_ids(folder / "val.bin", meta, meta.val_tokens)
+    return meta, *(_map_ids(folder, split, meta, verify) for split in SPLITS)
 
 
-def _map_ids(path: Path, meta: Meta, n_tokens: int) -> np.ndarray:
+def _map_ids(folder: Path, split: str, meta: Meta, verify: bool) -> np.ndarray:
+    path = folder / f"{split}.bin"
+    n_tokens, sha256 = getattr(meta, f"{split}_tokens"), getattr(meta, f"{split}_sha256")
     dtype = np.dtype(meta.dtype).newbyteorder("<")
     try:
         n_bytes = path.stat().st_size
@@ -106,6 +128,13 @@ def _map_ids(path: Path, meta: Meta, n_tokens: int) -> np.ndarray:
             f"{path} has {n_bytes:,} bytes where meta.json says {n_tokens:,} tokens of "
             f"{dtype.itemsize} bytes; prepare the dataset again"
         )
+    if verify:
+        with path.open("rb") as file:
+            if sha256_of(file, n_bytes).hexdigest() != sha256:
+                raise InputError(
+                    f"{path} was changed or damaged since it was made (its checksum differs); "
+                    "prepare the dataset again"
+                )
     return np.memmap(path, dtype=dtype, mode="r")
 
 

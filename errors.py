@@ -20,24 +20,37 @@ class RunError(Exception):
 def run_script(main) -> None:
     """Run `main(argv) -> exit code` as a command; expected failures become one line, no traceback.
 
-    A bug still shows its traceback: only the two exceptions above, a failing disk, Ctrl-C and a
-    closed pipe are expected.
+    Of several processes on a machine the first speaks: here, before they have found each other,
+    all fail in the same way (see parallel.py for later).
     """
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
-    except InputError as error:
-        code = _complain(error, EXIT_BAD_INPUT)
-    except RunError as error:
-        code = _complain(error, EXIT_FAILED)
-    except BrokenPipeError:
-        silence_stdout()
-        code = _complain("nobody reads the output any more; stopped", EXIT_FAILED)
-    except OSError as error:
-        code = _complain(describe_os_error(error), EXIT_FAILED)
-    except KeyboardInterrupt:
-        code = _complain("interrupted", 130)
+    except (Exception, KeyboardInterrupt) as error:
+        failure = expected_failure(error)
+        if failure is None:
+            raise
+        if isinstance(error, BrokenPipeError):
+            silence_stdout()
+        message, code = failure
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            complain(message)
     sys.exit(code)
+
+
+def expected_failure(error: BaseException) -> tuple[str, int] | None:
+    """-> (what to tell the user, exit code); None for a bug, which shows its traceback."""
+    if isinstance(error, InputError):
+        return str(error), EXIT_BAD_INPUT
+    if isinstance(error, RunError):
+        return str(error), EXIT_FAILED
+    if isinstance(error, BrokenPipeError):
+        return "nobody reads the output any more; stopped", EXIT_FAILED
+    if isinstance(error, OSError):
+        return describe_os_error(error), EXIT_FAILED
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    return None
 
 
 def silence_stdout() -> None:
@@ -57,8 +70,7 @@ def describe_os_error(error: OSError) -> str:
     return f"{where}{error.strerror or error}{advice}"
 
 
-def _complain(message: object, code: int) -> int:
+def complain(message: str) -> None:
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)  # over a progress line
-    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
-    return code
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)

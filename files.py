@@ -1,23 +1,28 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and the folders that hold them."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
+import sys
 from pathlib import Path
 
 from errors import InputError
 
+READ_BYTES = 1 << 20
+
 
 @contextlib.contextmanager
-def staged(*paths: Path):
+def staged(*paths: Path, keep: Path | None = None):
     """Yield one writable binary file for each path.
 
     They are written under `<name>.tmp`, flushed to the disk and, when the block ends well, renamed
     in the order given. When it ends badly they are removed, and whatever was there before stays.
     Of several, the last makes the others valid: it is away while they change, so that a kill
-    between two renames leaves nothing that looks whole and is not.
+    between two renames leaves nothing that looks whole and is not. `keep` is a name for what one
+    path held until now.
     """
     temporary = [path.with_name(path.name + ".tmp") for path in paths]
     handles = []
@@ -31,6 +36,8 @@ def staged(*paths: Path):
             handle.close()
         if len(paths) > 1:
             paths[-1].unlink(missing_ok=True)
+        if keep is not None and paths[0].exists():
+            paths[0].replace(keep)
         for tmp, path in zip(temporary, paths, strict=True):
             tmp.replace(path)
     except BaseException as error:
@@ -53,6 +60,52 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Make `folder` and hold it; raises `InputError` while another process does.
+
+    The operating system lets go when the process ends, in whatever way, so the file `.lock` that
+    stays behind means nothing. Where there are no such locks, a line on stderr says so.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{folder}: there is a file of that name") from None
+    with (folder / ".lock").open("a") as file:
+        try:
+            import fcntl  # not there on Windows
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder} is in use: another process writes there; wait for it to end, or choose "
+                "another folder"
+            ) from None
+        except (ImportError, OSError) as error:
+            print(f"{folder} cannot be locked ({error}): use it once at a time", file=sys.stderr)
+        yield
+
+
+def sha256_of(file, n_bytes: int):
+    """The hash, to go on with, of the next `n_bytes` of an open file, or of what there is."""
+    digest = hashlib.sha256()
+    while data := file.read(min(READ_BYTES, n_bytes)):
+        digest.update(data)
+        n_bytes -= len(data)
+    return digest
+
+
+def run_folder(name: str) -> Path:
+    """A run's folder; raises `InputError` for one that climbs: what it names may be anywhere."""
+    path = Path(name)
+    if not name or ".." in path.parts:
+        raise InputError(
+            f"out_dir={name[:100]!r}: give the run's folder as a path below this one or from the "
+            "root, without '..'"
+        )
+    return path
 
 
 def dataset_folder(name: str) -> Path:

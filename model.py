@@ -9,9 +9,10 @@ Shapes:  B batch   T time, in tokens   C n_embd   nh n_head   hs head size, C / 
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import typing
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 
-@dataclass
+@dataclasses.dataclass
 class GPTConfig:
     """What determines the weights' shapes and meaning. Raises ValueError when it cannot work."""
 
@@ -39,9 +40,15 @@ class GPTConfig:
     init_std: float = 0.02  # of matrices; small models learn faster near 1 / sqrt(n_embd)
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not a positive whole number")
+        for name, kind in typing.get_type_hints(GPTConfig).items():
+            value = getattr(self, name)
+            if kind is int and (type(value) is not int or value < 1):
+                raise ValueError(f"{name}={value!r} is not a positive whole number")
+            choices = (True, False) if kind is bool else typing.get_args(kind)
+            if choices and value not in choices:
+                raise ValueError(f"{name}={value!r} is none of {choices}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r} is not at least 0 and below 1")
         if not 0 < self.init_std <= 1:
             raise ValueError(f"init_std={self.init_std!r} is not above 0 and at most 1")
         if self.n_embd % self.n_head:
@@ -371,6 +378,16 @@ class GPT(nn.Module):
         groups = self.parameter_groups()
         matrices = sum(p.numel() for p in groups["hidden"] + groups["fused_qkv"])
         return 6 * (matrices + c.vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+def count_parameters(config: GPTConfig) -> int:
+    """All trained numbers of such a model, which is not built."""
+    with torch.device("meta"):
+        one, two = (
+            sum(p.numel() for p in GPT(dataclasses.replace(config, n_layer=n)).parameters())
+            for n in (1, 2)
+        )
+    return one + (config.n_layer - 1) * (two - one)
 
 
 def probabilities(logits, temperature: float, top_k: int, top_p: float):

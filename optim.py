@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+import parallel
+
 if TYPE_CHECKING:
     from model import GPT
     from train import TrainConfig
@@ -56,6 +58,9 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads = [p.grad for p in params]
         averages = [self.state[p]["momentum_buffer"] for p in params]
+        if self.found_inf is not None:  # a gradient equal to the average does not move it
+            pairs = zip(averages, grads, strict=True)
+            grads = [torch.where(self.found_inf > 0, *pair) for pair in pairs]
         torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, averages, group["momentum"])  # Nesterov's
         x = torch.stack(ahead).to(self.dtype)  # (N, parts * R, C)
@@ -118,15 +123,19 @@ def restore(optimizer: torch.optim.Optimizer, saved: dict, has_stepped: bool) ->
     Raises ValueError when a moment is missing or has another shape than its parameter: the fused
     kernels do not check.
     """
-    present = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": present})
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    names = optimizer.state[params[0]].keys() if params else ()
-    for p in params:
-        state = optimizer.state[p]
+    states = [saved["state"].get(i, {}) for i in range(len(params))]
+    for p, state in zip(params, states, strict=True):
         fits = all(torch.is_tensor(t) and t.shape in ((), p.shape) for t in state.values())
-        if not fits or state.keys() != names or (has_stepped and not state):
+        if not fits or state.keys() != states[0].keys() or (has_stepped and not state):
             raise ValueError("its optimizer state does not fit the model")
+    spread = {
+        i: {name: parallel.spread(tensor, like=p) for name, tensor in state.items()}
+        for i, (p, state) in enumerate(zip(params, states, strict=True))
+        if state
+    }
+    present = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": spread, "param_groups": present})
 
 
 def learning_rate_at(config: TrainConfig, step: int) -> float:

@@ -23,7 +23,7 @@ import dataset
 import settings
 import tokenizer as tokenizers
 from errors import InputError, RunError, run_script
-from files import dataset_folder, staged
+from files import dataset_folder, locked, staged
 from settings import option
 
 CHUNK_BYTES = 1 << 22
@@ -72,13 +72,15 @@ def main(argv: list[str]) -> int:
         "source": path.name,
         "sha256": text.sha256,
     }
-    if (meta := up_to_date(folder, described)) is not None:
-        print(f"up to date: {summary(folder, meta, text)}")
-        return 0
     if int(text.n_chars * TRAIN_SHARE) in (0, text.n_chars):
         raise InputError(f"{path}: {text.n_chars} characters are too short for two splits")
-    meta = dataset.write(folder, tokenize(text, tokenizer), **described)
-    print(f"made {summary(folder, meta, text)}")
+    with locked(folder):
+        meta = up_to_date(folder, described)
+        done = "up to date:"
+        if meta is None:
+            meta = dataset.write(folder, tokenize(text, tokenizer), **described)
+            done = "made"
+    print(done, summary(folder, meta, text))
     return 0
 
 

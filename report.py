@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -13,9 +14,21 @@ from errors import InputError
 from files import staged
 
 if TYPE_CHECKING:
-    from trainer import Progress
+    from snapshot import Progress
 
 SLOW_RUN_SECONDS = 3600
+
+
+class Silence:
+    """The report of a process that has nothing to tell: another one does."""
+
+    def evaluation(self, record: dict, is_best: bool) -> None: ...
+
+    def step(self, record: dict, shows_pace: bool, is_slow_device: bool) -> None: ...
+
+    def skipped(self, step: int, n_skipped: int, most: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Report:
@@ -39,8 +52,9 @@ class Report:
         """A log line; `shows_pace` is false while the time of a step is still a compiler's."""
         self._write(record)
         to_go = record["ms_per_step"] / 1000 * (self.max_iters - record["step"])
+        loss = math.nan if record["loss"] is None else record["loss"]
         line = (
-            f"step {record['step']}/{self.max_iters}: loss {record['loss']:.4f}, "
+            f"step {record['step']}/{self.max_iters}: loss {loss:.4f}, "
             f"{record['ms_per_step']:.1f} ms/step, {record['tokens_per_s']:,.0f} tokens/s"
         )
         line += f", mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
@@ -52,6 +66,11 @@ class Report:
                 "config/shakespeare_char_cpu.py is a model for one without a GPU",
                 flush=True,
             )
+
+    def skipped(self, step: int, n_skipped: int, most: int) -> None:
+        """An update that was not made, because its loss or gradient was not finite."""
+        self._write({"step": step, "skipped": n_skipped})
+        print(f"step {step}: not finite, update skipped ({n_skipped} of {most})", flush=True)
 
     def close(self) -> None:
         if self.file is not None:

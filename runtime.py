@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from errors import InputError, RunError
+from model import GPTConfig, count_parameters
 
 # Dense bf16/fp16 matrix rate in FLOP/s by a word of the device's name, from the vendor's data
 # sheets; the first that matches counts. Any other device has no MFU rather than a wrong one.
@@ -30,11 +31,16 @@ PEAK_FLOPS = {
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else MPS, else the CPU."""
+    """`auto` is CUDA where there is one, else MPS, else the CPU.
+
+    Each of several processes on a machine takes a CUDA device of its own.
+    """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -76,11 +82,32 @@ def pick_compile(setting: bool | str, device: torch.device) -> bool:
     return bool(setting)
 
 
-def set_up(device: torch.device) -> None:
-    """Process-wide choices: TF32 for what stays float32 on CUDA, and the current device."""
+def set_up(device: torch.device, deterministic: bool) -> None:
+    """Process-wide choices: TF32 for what stays float32 on CUDA, and the current device.
+
+    deterministic: only kernels that give the same bits each time; on a CPU all in use do.
+    """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.cuda.set_device(device.index or 0)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def refuse_larger_than_memory(config: GPTConfig, device: torch.device) -> None:
+    """Raise InputError for a model that cannot be trained here, before any of it is allocated."""
+    n_parameters = count_parameters(config)
+    bytes_each = 16 if device.type == "cpu" else 4  # weight, gradient, two moments; made on the CPU
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if n_parameters * bytes_each > memory_bytes:
+        raise InputError(
+            f"n_layer={config.n_layer}, n_embd={config.n_embd} and a vocabulary of "
+            f"{config.vocab_size:,} make {n_parameters:,} parameters, which take "
+            f"{n_parameters * bytes_each / 1e9:,.0f} GB; this machine has "
+            f"{memory_bytes / 1e9:,.0f} GB of memory"
+        )
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -110,9 +137,9 @@ def fast_decoding(model: torch.nn.Module):
         torch.backends.mkldnn.enabled = True
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed dropout from (seed, step) alone, so that a resumed run needs no saved random state."""
-    mixed = np.random.SeedSequence([seed, step]).generate_state(1)
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Seed dropout from these alone, so that a resumed run needs no saved random state."""
+    mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1)
     torch.manual_seed(int(mixed[0]))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 import settings
 import tokenizer as tokenizers
-from errors import InputError, run_script, silence_stdout
+from errors import InputError, RunError, run_script, silence_stdout
 from settings import DType, option
 
 
@@ -112,8 +112,6 @@ def read_prompt(start: str) -> str:
             raise InputError(f"prompt file {path} is not UTF-8 at byte {error.start}") from None
     if not text:
         raise InputError("the prompt is empty: give --start=TEXT with at least one character")
-    if any("\ud800" <= char <= "\udfff" for char in text):
-        raise InputError("the prompt is not valid UTF-8")
     return text
 
 
@@ -145,7 +143,11 @@ def tokens(model, tokenizer: tokenizers.Tokenizer, ids: np.ndarray, config: Samp
         vocab_size=tokenizer.vocab_size,
         read_one=runtime.compiled_decoding(model) if config.compile else None,
     )
-    return (step.tolist() for step in steps)
+    for step in steps:
+        ids = step.tolist()
+        if max(ids) >= tokenizer.vocab_size:  # nothing was found to draw from
+            raise RunError("the model's scores are not finite: choose a sounder checkpoint")
+        yield ids
 
 
 def print_samples(prompt: str, steps, tokenizer, config: SampleConfig) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import runpy
 import sys
 import traceback
@@ -114,6 +115,9 @@ def _assign(values, types_of, name, value, source, problems, is_text=False):
         close = difflib.get_close_matches(name, types_of, n=1)
         hint = f", did you mean {close[0]}?" if close else " (--help lists all options)"
         problems.append(f"{source}{name}: no such option{hint}")
+        return
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        problems.append(f"{source}{name}: {value[:100]!r} is not valid UTF-8 without NUL")
         return
     for kind in _alternatives(types_of[name]):
         parsed = _from_text(kind, value) if is_text else _from_python(kind, value)

@@ -79,20 +79,37 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-    """Byte-pair encoding by tiktoken; special tokens in a text are ordinary characters."""
+    """GPT-2's byte-pair encoding, by tiktoken; special tokens in a text are ordinary characters."""
+
+    # How a text is cut before its bytes are merged: tiktoken's form of GPT-2's expression.
+    _PATTERN = (
+        r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+    )
 
     # A split before a blank that follows a non-blank never cuts a GPT-2 pre-token in two.
     _SAFE_SPLIT = re.compile(r"(?<=\S)(?=[ \n])")
     _PIECE_CHARS = 1 << 18
 
-    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]):
+    def __init__(self, tokens: list[bytes], special: list[str]):
+        """tokens: in the order of their merges, which is that of their ids; `special` follow.
+
+        Raises ValueError when they do not make a tokenizer: every byte must be one of them.
+        """
         import tiktoken
 
-        self._spec = (name, pattern, ranks, special)
+        distinct = {*tokens}
+        if len(distinct) < len(tokens) or not {bytes([b]) for b in range(256)} <= distinct:
+            raise ValueError("its tokens are not distinct, or lack one of the 256 bytes")
+        if b"" in distinct or len({*special}) < len(special):
+            raise ValueError("it has an empty token, or the same special token twice")
+        self._tokens, self._special = tokens, special
+        self.vocab_size = len(tokens) + len(special)
         self._encoding = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+            "gpt2",
+            pat_str=self._PATTERN,
+            mergeable_ranks={token: i for i, token in enumerate(tokens)},
+            special_tokens={name: len(tokens) + i for i, name in enumerate(special)},
         )
-        self.vocab_size = self._encoding.n_vocab
 
     @classmethod
     def gpt2(cls) -> BPETokenizer:
@@ -108,7 +125,9 @@ class BPETokenizer:
                 "once, or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has it, or use "
                 "--tokenizer=byte, which needs no download"
             ) from None
-        return cls("gpt2", gpt2._pat_str, gpt2._mergeable_ranks, gpt2._special_tokens)
+        n_ordinary = len(gpt2.token_byte_values())
+        ordinary = [gpt2.decode_single_token_bytes(i) for i in range(n_ordinary)]
+        return cls(ordinary, sorted(gpt2.special_tokens_set))
 
     def encode(self, text: str) -> np.ndarray:
         return self._encoding.encode_to_numpy(text, disallowed_special=())
@@ -135,10 +154,8 @@ class BPETokenizer:
         return self._encoding.decode_bytes(list(ids))
 
     def to_json(self) -> dict:
-        name, pattern, ranks, special = self._spec
-        in_order = sorted(ranks, key=ranks.__getitem__)
-        words = " ".join(base64.b64encode(token).decode("ascii") for token in in_order)
-        return {"kind": "bpe", "name": name, "pattern": pattern, "ranks": words, "special": special}
+        words = " ".join(base64.b64encode(token).decode("ascii") for token in self._tokens)
+        return {"kind": "gpt2", "tokens": words, "special": self._special}
 
 
 Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer
@@ -154,10 +171,12 @@ def from_json(spec: object, source: str) -> Tokenizer:
             return CharTokenizer(chars)
         if spec["kind"] == "byte":
             return ByteTokenizer()
-        if spec["kind"] == "bpe":
-            words = spec["ranks"].split(" ")
-            ranks = {base64.b64decode(word, validate=True): i for i, word in enumerate(words)}
-            return BPETokenizer(spec["name"], spec["pattern"], ranks, spec["special"])
+        if spec["kind"] == "gpt2":
+            tokens = [base64.b64decode(word, validate=True) for word in spec["tokens"].split(" ")]
+            special = spec["special"]
+            if type(special) is not list or not all(type(name) is str for name in special):
+                raise ValueError("special is not a list of texts")
+            return BPETokenizer(tokens, special)
         raise ValueError(f"unknown kind {spec['kind']!r}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{source}: no usable tokenizer in it ({error})") from None

@@ -7,12 +7,14 @@ Usage:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Literal
 
 import settings
 from errors import run_script
+from files import locked, run_folder
 from settings import DType, option
 
 
@@ -23,9 +25,13 @@ class TrainConfig:
     # files and reporting
     out_dir: str = option("out", "folder for checkpoints and metrics")
     dataset: str = option("openwebtext", "folder below data/ with train.bin, val.bin, meta.json")
-    init_from: Literal["scratch", "resume"] = option("scratch", "start fresh or continue ckpt.pt")
+    init_from: Literal["scratch", "resume", "auto"] = option(
+        "scratch", "start fresh or continue ckpt.pt; auto: continue if it is there"
+    )
     eval_interval: int = option(2000, "steps between evaluations", min=1)
-    eval_iters: int = option(200, "windows for the train loss, and for a large val split", min=1)
+    eval_iters: int = option(
+        200, "windows for the train loss, and for a large val split", min=1, max=10**6
+    )
     eval_only: bool = option(False, "evaluate once, print and stop; writes nothing")
     log_interval: int = option(1, "steps between log lines", min=1)
     always_save_checkpoint: bool = option(True, "save ckpt.pt also when val loss did not improve")
@@ -41,9 +47,9 @@ class TrainConfig:
         40, "micro-steps summed into one step", min=1, max=10**6
     )
     # model
-    n_layer: int = option(12, "blocks", min=1)
+    n_layer: int = option(12, "blocks", min=1, max=10**4)
     n_head: int = option(12, "attention heads in a block", min=1)
-    n_embd: int = option(768, "width of the residual stream", min=1)
+    n_embd: int = option(768, "width of the residual stream", min=1, max=10**6)
     dropout: float = option(0.0, "share of activations dropped in training", min=0, max=0.99)
     bias: bool = option(False, "biases in linear layers and LayerNorm, as in GPT-2")
     position: Literal["learned", "rotary"] = option("learned", "how order is told")
@@ -53,7 +59,7 @@ class TrainConfig:
     tied_head: bool = option(True, "the output matrix is the token embedding")
     residual_init: Literal["scaled", "zero"] = option("scaled", "start of residual projections")
     init_std: float = option(0.02, "deviation of the first weights", min=1e-6, max=1)
-    vocab_multiple: int = option(1, "round the model's vocabulary up to a multiple", min=1)
+    vocab_multiple: int = option(1, "round the model's vocabulary up to it", min=1, max=10**6)
     # optimizer
     optimizer: Literal["adamw", "muon"] = option("adamw", "muon: for the blocks' matrices alone")
     learning_rate: float = option(6e-4, "highest rate of AdamW", min=0)
@@ -64,6 +70,9 @@ class TrainConfig:
     beta1: float = option(0.9, "AdamW's memory of gradients", min=0, max=0.9999)
     beta2: float = option(0.95, "AdamW's memory of their squares", min=0, max=0.9999)
     grad_clip: float = option(1.0, "longest gradient (L2 norm); 0 does not clip", min=0)
+    skip_nonfinite: int = option(
+        0, "updates that may be skipped for a loss or gradient not finite", min=0, max=10**4
+    )
     average_decay: float = option(
         0.0,
         "evaluate and keep in best.pt a running average of the weights; 0: the latest",
@@ -86,7 +95,11 @@ class TrainConfig:
     compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = option(
         "default", "of torch.compile; reduce-overhead records CUDA graphs"
     )
-    backend: str = option("nccl", "process group backend; one process needs none")
+    parallel: Literal["ddp", "fsdp"] = option(
+        "ddp", "many processes: each has all of the model, or its part of each tensor"
+    )
+    backend: Literal["nccl", "gloo"] = option("nccl", "many processes: of GPUs; CPUs use gloo")
+    deterministic: bool = option(False, "only repeatable GPU kernels: slower, resumes bit for bit")
     seed: int = option(1337, "of weights, data order and dropout", min=0, max=2**32 - 1)
 
     @property
@@ -96,17 +109,37 @@ class TrainConfig:
 
 def main(argv: list[str]) -> int:
     config = settings.load(TrainConfig, argv, usage=__doc__)
+    folder = run_folder(config.out_dir)
     # Here, not at the top: torch takes a second, --help and typos should not.
+    import parallel
+    import runtime
+
+    device = runtime.pick_device(config.device)
+    with parallel.together(device, config.backend), contextlib.ExitStack() as stack:
+        saved = None
+        if parallel.is_main():
+            if not config.eval_only:
+                stack.enter_context(locked(folder))
+            saved = load_saved(folder, config.init_from)
+        return train(argv, config, parallel.share(saved))
+
+
+def load_saved(folder: Path, init_from: str) -> dict | None:
+    """The checkpoint to continue from, None to start from scratch."""
     import checkpoint
+
+    path, previous = folder / "ckpt.pt", folder / "ckpt.previous.pt"
+    is_there = path.exists() or previous.exists()
+    if init_from == "resume" or (init_from == "auto" and is_there):
+        return checkpoint.load_latest(path, previous)
+    return None
+
+
+def train(argv: list[str], config: TrainConfig, saved: dict | None) -> int:
     import runtime
     from trainer import Trainer
 
-    runtime.refuse_several_processes()
-
-    saved = None
-    if config.init_from == "resume":
-        path = Path(config.out_dir) / "ckpt.pt"
-        saved = checkpoint.load(path, for_resume=True)
+    if saved is not None:
         # What the command line does not say is as the run had it.
         base = saved["config"] | {"out_dir": config.out_dir}  # the folder may have been moved
         config = settings.load(TrainConfig, argv, usage=__doc__, base=base)

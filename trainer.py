@@ -8,7 +8,6 @@ import math
 import shlex
 import signal
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,73 +15,110 @@ import torch
 
 import checkpoint
 import dataset
+import parallel
 import runtime
+import snapshot
 import tokenizer as tokenizers
 from errors import EXIT_DONE, InputError, RunError
-from files import dataset_folder
+from files import dataset_folder, run_folder
 from model import GPT, GPTConfig
-from optim import learning_rate_at, make_optimizers, restore, set_learning_rate
-from report import Pace, Report, loss_line
+from optim import learning_rate_at, make_optimizers, set_learning_rate
+from report import Pace, Report, Silence, loss_line
+from snapshot import Progress
 
 if TYPE_CHECKING:
     from train import TrainConfig
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run has come; a checkpoint carries it."""
-
-    step: int = 0  # optimizer updates made
-    tokens: int = 0
-    seconds: float = 0.0
-    best_val_loss: float = math.inf
-    stale_evaluations: int = 0  # since the best one
-    evaluated_step: int = -1  # the last step whose evaluation is in the metrics
 
 
 class Trainer:
     """One run of a `TrainConfig`, from scratch or from where a checkpoint stopped."""
 
     def __init__(self, config: TrainConfig, saved: dict | None = None):
-        self.config = config
-        if not config.out_dir:
-            raise InputError("out_dir is empty: give a folder for the run")
-        self.out_dir = Path(config.out_dir)
+        self.config, self.is_resumed = config, saved is not None
+        self.out_dir = run_folder(config.out_dir)
         self.device = runtime.pick_device(config.device)
         self.dtype = runtime.pick_dtype(config.dtype, self.device)
-        runtime.set_up(self.device)
+        runtime.set_up(self.device, config.deterministic)
+        self.compiles = runtime.pick_compile(config.compile, self.device)
+        # A recorded graph writes its gradients to the same place at each replay, so they are added
+        # to gradients of our own instead of becoming them.
+        self.keeps_gradients = self.compiles and config.compile_mode == "reduce-overhead"
+        if parallel.size() > 1:
+            self._check_processes()
         self.meta, self.train_split, self.val_split = self._open_dataset()
         self.model_config = model_config(config, self.meta.vocab_size)
         if saved is not None:
-            self._check_same_run(saved)
+            snapshot.check_same_run(self, saved)
 
         torch.manual_seed(config.seed)
-        self.model = GPT(self.model_config).to(self.device)
+        self._build_model()
         self.optimizers = make_optimizers(self.model, config, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress = Progress()
         self.average: list = []  # of the weights over the steps
         if config.average_decay:
             self.average = [p.detach().clone() for p in self.model.parameters()]
+        # The steps whose updates were not made; the one after the last allowed ends the run.
+        n_slots = config.skip_nonfinite + 1
+        self.slots = torch.arange(n_slots, device=self.device)
+        self.bad_steps = torch.zeros_like(self.slots)
         if saved is not None:
-            self._restore(saved)
-
-        self.compiles = runtime.pick_compile(config.compile, self.device)
-        self.forward = self.model
-        if self.compiles:
-            self.forward = torch.compile(self.model, mode=config.compile_mode)
-        # A recorded graph writes its gradients to the same place at each replay, so they are added
-        # to gradients of our own instead of becoming them.
-        self.keeps_gradients = self.compiles and config.compile_mode == "reduce-overhead"
+            snapshot.put_back(self, saved)
+            self._know_skipped_steps()
         if self.keeps_gradients:
             for p in self.model.parameters():
                 p.grad = torch.zeros_like(p)
-        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=self.device)
         self.upcoming: list | None = None  # the next step's micro-batches
+        self.report: Report | Silence = Silence()
+
+    def _build_model(self) -> None:
+        """self.model, and self.forward, which trains it: compiled, and on all processes."""
+        runtime.refuse_larger_than_memory(self.model_config, self.device)
+        self.model = GPT(self.model_config)
+        if self.shards:
+            mode = self.config.compile_mode if self.compiles else None
+            parallel.shard(self.model, self.device, mode)
+            self.forward = self.model
+            return
+        self.model.to(self.device)
+        self.forward = self.model
+        if self.compiles:
+            self.forward = torch.compile(self.model, mode=self.config.compile_mode)
+        self.forward = parallel.replicate(self.forward, self.device)
+
+    def _check_processes(self) -> None:
+        """Raises InputError with every option that several processes cannot do."""
+        config, n = self.config, parallel.size()
+        problems = []
+        if config.gradient_accumulation_steps % n and config.batch_size % n:
+            problems.append(
+                f"neither gradient_accumulation_steps={config.gradient_accumulation_steps} nor "
+                f"batch_size={config.batch_size} can be divided by {n} processes"
+            )
+        if self.device.type == "mps":
+            problems.append("several processes need CUDA devices or CPUs")
+        if self.keeps_gradients:
+            problems.append("compile_mode=reduce-overhead is for one process")
+        if self.shards and config.optimizer == "muon":
+            problems.append("Muon needs whole matrices: take optimizer=adamw or parallel=ddp")
+        if self.shards and self.dtype == torch.float16:
+            problems.append("parallel=fsdp has no loss scaling: take bfloat16 or float32")
+        if problems:
+            raise InputError("; ".join(problems))
+
+    @property
+    def shards(self) -> bool:
+        return parallel.size() > 1 and self.config.parallel == "fsdp"
+
+    def _know_skipped_steps(self) -> None:
+        known = self.progress.skipped_steps[: self.config.skip_nonfinite]
+        self.bad_steps[: len(known)] = torch.tensor(known, dtype=torch.int64)
 
     def _open_dataset(self) -> tuple[dataset.Meta, dataset.Split, dataset.Split]:
         folder = dataset_folder(self.config.dataset)
-        meta, *splits = dataset.read(folder)
+        meta, *splits = dataset.read(folder, verify=parallel.is_first_here())
+        if parallel.share(meta) != meta:
+            raise InputError(f"{folder} is not the same on all machines; prepare it from one text")
         tokenizer = tokenizers.from_json(meta.tokenizer, str(folder / "meta.json"))
         if tokenizer.vocab_size != meta.vocab_size:
             raise InputError(
@@ -121,70 +157,90 @@ class Trainer:
         return loss, norm
 
     def _micro_batches(self, step: int) -> list:
-        """The step's (idx, targets) windows: gradient_accumulation_steps parts of batch_size."""
-        config = self.config
+        """This process's (idx, targets) windows of the step, in micro-steps.
+
+        Several processes share the micro-steps, or else the rows of each.
+        """
+        config, rank, n = self.config, parallel.rank(), parallel.size()
         shape = (config.gradient_accumulation_steps, config.batch_size)
         n_tokens = len(self.train_split)
         starts = dataset.train_starts(
             n_tokens, config.block_size, math.prod(shape), config.seed, step
-        )
-        return [self.train_split.windows(part, config.block_size) for part in starts.reshape(shape)]
+        ).reshape(shape)
+        own = starts[rank::n] if shape[0] % n == 0 else starts[:, rank::n]
+        return [self.train_split.windows(part, config.block_size) for part in own]
 
     def _gradients(self, micro_batches: list):
         """Forward and backward; -> (loss, norm of the gradients, which are then clipped)."""
-        runtime.seed_step(self.config.seed, self.progress.step)  # of dropout
+        runtime.seed_step(self.config.seed, self.progress.step, parallel.rank())  # of dropout
         n_targets = sum((targets != dataset.IGNORE_INDEX).sum() for _, targets in micro_batches)
-        n_targets = n_targets.clamp(min=1)
+        n_targets = parallel.total(n_targets).clamp(min=1)
         loss = torch.zeros((), device=self.device)
-        for idx, targets in micro_batches:
+        for i, (idx, targets) in enumerate(micro_batches, start=1):
+            parallel.average_gradients(self.forward, now=i == len(micro_batches))
             with runtime.autocast(self.device, self.dtype):
                 _, loss_sum = self.forward(idx, targets, reduction="sum")
             micro_loss = loss_sum / n_targets
-            self.scaler.scale(micro_loss).backward()
+            # The processes' gradients are averaged, and their sum is wanted.
+            self.scaler.scale(micro_loss * parallel.size()).backward()
             loss += micro_loss.detach()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         longest = self.config.grad_clip or math.inf
-        return loss, torch.nn.utils.clip_grad_norm_(self.model.parameters(), longest)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), longest)
+        return parallel.total(loss), parallel.whole(norm)
 
     def _loss_scale_fits(self, loss, norm) -> bool:
-        """For float16: whether the gradients are finite; if not, lower the scale and drop them.
+        """For float16: whether to go on; if not, the scale is lowered and the gradients dropped.
 
         The step is then made again from the same windows and dropout, so that N stays N updates.
+        What a lower scale would not mend goes on, to `_update`.
         """
-        if torch.isfinite(norm + loss):
+        if torch.isfinite(norm + loss) or not torch.isfinite(loss) or self.scaler.get_scale() < 1:
             return True
-        if not torch.isfinite(loss) or self.scaler.get_scale() < 1:
-            self.first_bad_step.fill_(self.progress.step)
-            self.raise_if_not_finite()
         self.scaler.update()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         return False
 
     def _update(self, loss, norm) -> None:
-        """Step the optimizers; from the first non-finite step on, the weights stay as they are.
+        """Step the optimizers, unless the step is not finite or one too many was not.
 
         The optimizers skip on the device (by `found_inf`), so the loop need not wait to find out.
         """
-        is_first_bad = ~torch.isfinite(loss + norm) & (self.first_bad_step < 0)
-        self.first_bad_step = torch.where(is_first_bad, self.progress.step, self.first_bad_step)
-        if self.device.type == "mps":
-            self.raise_if_not_finite()  # its kernels do not look at found_inf
+        is_bad = ~torch.isfinite(loss + norm)
+        is_over = self.bad_steps[-1] > 0
+        next_slot = self.slots == (self.bad_steps > 0).sum()
+        self.bad_steps.masked_fill_(next_slot & is_bad, self.progress.step + 1)
+        found_inf = (is_bad | is_over).float()
         for optimizer in self.optimizers:
             if not self.scaler.is_enabled():
-                optimizer.found_inf = (self.first_bad_step >= 0).float()
-            self.scaler.step(optimizer)
+                optimizer.found_inf = found_inf
+                # MPS kernels do not look at it.
+                if self.device.type != "mps" or not found_inf:
+                    optimizer.step()
+            elif not found_inf:  # `_loss_scale_fits` has waited for the device already
+                self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         self.scaler.update()
 
-    def raise_if_not_finite(self) -> None:
-        bad_step = int(self.first_bad_step)
-        if bad_step >= 0:
+    def settle_bad_steps(self) -> None:
+        """Tell of updates that were skipped since the last time; RunError when it was one too many.
+
+        The only place, but for log lines and evaluations, that waits for the device.
+        """
+        bad = [step for step in self.bad_steps.tolist() if step > 0]
+        config, skipped = self.config, self.progress.skipped_steps
+        for step in bad[: config.skip_nonfinite]:
+            if step not in skipped:
+                skipped.append(step)
+                self.report.skipped(step, len(skipped), config.skip_nonfinite)
+        if len(bad) > config.skip_nonfinite:
             raise RunError(
-                f"the loss or its gradient was not finite at step {bad_step + 1}; stopped before "
+                f"the loss or its gradient was not finite at step {bad[-1]}; stopped before "
                 f"that update, nothing was saved since: lower learning_rate "
-                f"({self.config.learning_rate}), raise warmup_iters or set grad_clip=1.0"
+                f"({config.learning_rate}), raise warmup_iters, set grad_clip=1.0, or allow more "
+                f"than skip_nonfinite={config.skip_nonfinite}"
             )
 
     # ---- evaluation ----------------------------------------------------------------------------
@@ -195,9 +251,9 @@ class Trainer:
         if not self.average:
             yield
             return
-        weights = [p.detach() for p in self.model.parameters()]
+        weights = [parallel.own_part(p.detach()) for p in self.model.parameters()]
         latest = [p.clone() for p in weights]
-        torch._foreach_copy_(weights, self.average)
+        torch._foreach_copy_(weights, [parallel.own_part(a) for a in self.average])
         try:
             yield
         finally:
@@ -219,18 +275,23 @@ class Trainer:
     def _mean_loss(self, split: dataset.Split, whole: bool) -> float:
         config = self.config
         starts = dataset.eval_starts(len(split), config.block_size, config.eval_iters, whole)
-        # Fill up the last batch with windows past the end, whose targets are all ignored.
-        starts = np.append(starts, np.full(-len(starts) % config.batch_size, len(split)))
-        sums, counts = [], []
+        # Each process takes every n-th batch. Fill up with windows past the end, whose targets are
+        # all ignored, so that all have equally many.
+        rank, n = parallel.rank(), parallel.size()
+        starts = np.append(starts, np.full(-len(starts) % (n * config.batch_size), len(split)))
+        parts = starts.reshape(-1, config.batch_size)
+        sums = torch.zeros(len(parts), device=self.device)
+        counts = torch.zeros(len(parts), dtype=torch.int64, device=self.device)
         self.model.eval()
-        for part in starts.reshape(-1, config.batch_size):
-            idx, targets = split.windows(part, config.block_size)
+        for i in range(rank, len(parts), n):
+            idx, targets = split.windows(parts[i], config.block_size)
             with runtime.autocast(self.device, self.dtype):
-                _, loss_sum = self.forward(idx, targets, reduction="sum")
-            sums.append(loss_sum.clone())  # a recorded graph would write over it
-            counts.append((targets != dataset.IGNORE_INDEX).sum())
+                _, sums[i] = self.forward(idx, targets, reduction="sum")
+            counts[i] = (targets != dataset.IGNORE_INDEX).sum()
         self.model.train()
-        return float(torch.stack(sums).cpu().double().sum() / torch.stack(counts).cpu().sum())
+        # Added up in one order, however many processes there are.
+        sums, counts = parallel.total(sums).cpu(), parallel.total(counts).cpu()
+        return float(sums.double().sum() / counts.sum())
 
     # ---- the loop ------------------------------------------------------------------------------
 
@@ -238,40 +299,35 @@ class Trainer:
         """-> exit code. Raises InputError or RunError for what the user can mend."""
         if self.config.eval_only:
             with self.averaged_weights():
-                print(loss_line(self.evaluate()))
+                self._say(loss_line(self.evaluate()))
             return EXIT_DONE
-        config, progress = self.config, self.progress
         self._announce()
-        try:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise InputError(f"out_dir={self.out_dir}: there is a file of that name") from None
-        resumed = dataclasses.replace(progress) if config.init_from == "resume" else None
-        self.report = Report(self.out_dir, dataclasses.asdict(config), resumed)
-        with contextlib.closing(self.report):
-            return self._loop()
+        if parallel.is_main():
+            resumed = dataclasses.replace(self.progress) if self.is_resumed else None
+            self.report = Report(self.out_dir, dataclasses.asdict(self.config), resumed)
+        with contextlib.closing(self.report), _stop_signals() as received:
+            return self._loop(received)
 
-    def _loop(self) -> int:
+    def _loop(self, received: list[int]) -> int:
         config, progress = self.config, self.progress
         self.started = time.perf_counter() - progress.seconds
         self.pace = Pace()
         self.pace.restart(progress.step)
-        with _stop_signals() as received:
-            while not received:
-                if self._evaluation_is_due():
-                    self._evaluate_and_save()
-                if received or self._is_last():
-                    break
-                loss, norm = self.train_step()
-                if progress.step % config.log_interval == 0 or progress.step == 1:
-                    self._log(loss, norm)
-        if received:
-            return self._save_and_stop(received[0])
-        print(
-            f"done after step {progress.step}, best val loss {progress.best_val_loss:.4f}; "
-            f"next: python sample.py --out_dir={shlex.quote(config.out_dir)}"
-        )
-        return EXIT_DONE
+        # A signal to one process stops all, after the same step.
+        while not (signal_number := parallel.largest(max(received, default=0))):
+            if self._evaluation_is_due():
+                self._evaluate_and_save()
+            if self._is_last():
+                self._say(
+                    f"done after step {progress.step}, best val loss "
+                    f"{progress.best_val_loss:.4f}; "
+                    f"next: python sample.py --out_dir={shlex.quote(config.out_dir)}"
+                )
+                return EXIT_DONE
+            loss, norm = self.train_step()
+            if progress.step % config.log_interval == 0 or progress.step == 1:
+                self._log(loss, norm)
+        return self._save_and_stop(signal_number)
 
     def _evaluation_is_due(self) -> bool:
         step = self.progress.step
@@ -283,14 +339,14 @@ class Trainer:
         return is_stale or self.progress.step >= self.config.max_iters
 
     def _evaluate_and_save(self) -> None:
-        self.raise_if_not_finite()
+        self.settle_bad_steps()
         config, progress = self.config, self.progress
         with self.averaged_weights():
             record = self.evaluate()
             is_best = record["val_loss"] < progress.best_val_loss
             progress.best_val_loss = min(record["val_loss"], progress.best_val_loss)
             if is_best:
-                checkpoint.save(self.out_dir / "best.pt", self._weights())
+                self._save("best.pt", snapshot.weights(self))
         progress.stale_evaluations = 0 if is_best else progress.stale_evaluations + 1
         progress.evaluated_step = progress.step
         progress.seconds = time.perf_counter() - self.started
@@ -298,121 +354,64 @@ class Trainer:
         record |= {"tokens": progress.tokens, "seconds": round(progress.seconds, 3)}
         self.report.evaluation(record, is_best)
         if is_best or config.always_save_checkpoint or self._is_last():
-            self._save()
+            self._save("ckpt.pt", snapshot.everything(self), previous="ckpt.previous.pt")
         self.pace.restart(progress.step)
 
     def _log(self, loss, norm) -> None:
         """The only place in the loop, but for evaluations, that waits for the device."""
-        self.raise_if_not_finite()
+        self.settle_bad_steps()
         record = {
             "step": self.progress.step,
-            "loss": loss.item(),
-            "grad_norm": norm.item(),
+            "loss": _finite(loss),
+            "grad_norm": _finite(norm),
             "lr": learning_rate_at(self.config, self.progress.step - 1),
         }
         seconds = self.pace.lap(self.progress.step)
         tokens_per_s = self.config.tokens_per_step / seconds
         peak = runtime.peak_flops(self.device, self.dtype)
-        mfu = tokens_per_s * self.model.flops_per_token() / peak if peak else None
+        flops_per_s = tokens_per_s * self.model.flops_per_token() / parallel.size()
+        mfu = flops_per_s / peak if peak else None
         record |= {"ms_per_step": 1000 * seconds, "tokens_per_s": tokens_per_s, "mfu": mfu}
         shows_pace = self.pace.laps > self.compiles  # the first lap may be a compiler's
         is_first = self.pace.laps == 1 + self.compiles
         self.report.step(record, shows_pace, is_first and self.device.type == "cpu")
 
     def _save_and_stop(self, signal_number: int) -> int:
-        self.raise_if_not_finite()
+        self.settle_bad_steps()
         self.progress.seconds = time.perf_counter() - self.started
-        self._save()
-        print(
+        self._save("ckpt.pt", snapshot.everything(self), previous="ckpt.previous.pt")
+        self._say(
             f"{signal.Signals(signal_number).name}: saved after step {self.progress.step}; go on "
             f"with: python train.py --out_dir={shlex.quote(self.config.out_dir)} --init_from=resume"
         )
         return 128 + signal_number
 
     def _announce(self) -> None:
-        config = self.config
-        print(
+        config, n = self.config, parallel.size()
+        each = f"{n} processes, each with " if n > 1 else ""
+        self._say(
             f"{config.dataset}: {len(self.train_split):,} train and {len(self.val_split):,} val "
             f"tokens, {config.tokens_per_step:,} in a step\n"
-            f"model: {self.model.n_parameters():,} parameters on {runtime.describe(self.device)}, "
-            f"{str(self.dtype).removeprefix('torch.')}",
-            flush=True,
+            f"model: {self.model.n_parameters():,} parameters on {each}"
+            f"{runtime.describe(self.device)}, {str(self.dtype).removeprefix('torch.')}"
         )
-        if self.progress.step:
-            print(f"resuming after step {self.progress.step} of {config.max_iters}", flush=True)
+        if self.is_resumed:
+            self._say(f"resuming after step {self.progress.step} of {config.max_iters}")
 
-    # ---- checkpoints ---------------------------------------------------------------------------
+    def _save(self, name: str, contents: dict, previous: str | None = None) -> None:
+        if parallel.is_main():
+            self.report.sync()  # no checkpoint is newer on the disk than the lines that led to it
+            keep = self.out_dir / previous if previous else None
+            checkpoint.save(self.out_dir / name, contents, keep)
 
-    def _weights(self) -> dict:
-        """What sampling needs."""
-        return {
-            "model": self.model.state_dict(),
-            "model_config": dataclasses.asdict(self.model_config),
-            "config": dataclasses.asdict(self.config),
-            "tokenizer": self.meta.tokenizer,
-            "step": self.progress.step,
-            "best_val_loss": self.progress.best_val_loss,
-            "text_sha256": self.meta.sha256,
-        }
+    def _say(self, text: str) -> None:
+        if parallel.is_main():
+            print(text, flush=True)
 
-    def _save(self) -> None:
-        """All that an exact resume needs; no random state, which `runtime.seed_step` derives."""
-        self.report.sync()
-        state = {
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "average": self.average,
-            "scaler": self.scaler.state_dict(),
-            "progress": dataclasses.asdict(self.progress),
-        }
-        checkpoint.save(self.out_dir / "ckpt.pt", self._weights() | state)
 
-    def _check_same_run(self, saved: dict) -> None:
-        """Raises InputError with every difference that makes the saved state unusable here."""
-        path = self.out_dir / "ckpt.pt"
-        then = saved["model_config"] | {"optimizer": saved["config"].get("optimizer")}
-        now = dataclasses.asdict(self.model_config) | {"optimizer": self.config.optimizer}
-        different = [
-            f"{name} is {then.get(name)!r} there and {value!r} here"
-            for name, value in now.items()
-            if name not in ("dropout", "init_std") and then.get(name) != value
-        ]
-        if saved["tokenizer"] != self.meta.tokenizer:
-            different.append(f"dataset {self.config.dataset!r} now has another tokenizer")
-        if saved.get("text_sha256") != self.meta.sha256:
-            different.append(f"dataset {self.config.dataset!r} is now made of another text")
-        if different:
-            raise InputError(
-                f"{path} cannot be resumed: {', '.join(different)}; leave these options out, or "
-                "start a new run in another --out_dir"
-            )
-        if saved["step"] > self.config.max_iters:
-            raise InputError(
-                f"max_iters={self.config.max_iters} lies before step {saved['step']} of {path}"
-            )
-
-    def _restore(self, saved: dict) -> None:
-        try:
-            self.progress = Progress(**saved["progress"])
-            for name, value in vars(Progress()).items():
-                if type(getattr(self.progress, name)) is not type(value):
-                    raise ValueError(f"progress.{name} has another type")
-            self.model.load_state_dict(saved["model"])
-            if self.average:  # a run that kept none starts one from its present weights
-                self._restore_average(saved.get("average") or [*self.model.parameters()])
-            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-                restore(optimizer, state, has_stepped=self.progress.step > 0)
-            if self.scaler.is_enabled():
-                self.scaler.load_state_dict(saved["scaler"])
-        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-            path = self.out_dir / "ckpt.pt"
-            raise InputError(f"{path} is not usable for a resume: {error}") from None
-
-    @torch.no_grad()
-    def _restore_average(self, saved: list) -> None:
-        for average, p in zip(self.average, saved, strict=True):
-            if average.shape != p.shape:
-                raise ValueError("its average does not fit the model")
-            average.copy_(p)
+def _finite(value) -> float | None:
+    number = value.item()
+    return number if math.isfinite(number) else None
 
 
 def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
@@ -427,13 +426,17 @@ def model_config(config: TrainConfig, vocab_size: int) -> GPTConfig:
 
 @contextlib.contextmanager
 def _stop_signals():
-    """Yield a list that SIGINT or SIGTERM is put in; a second one acts at once, as ever."""
+    """Yield a list that SIGINT or SIGTERM is put in; a second one acts at once, as ever.
+
+    Not so in a run of several processes: what started them sends more than one.
+    """
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number, frame):
         received.append(number)
-        signal.signal(number, before[number])
+        if parallel.size() == 1:
+            signal.signal(number, before[number])
 
     for number in before:
         signal.signal(number, note)

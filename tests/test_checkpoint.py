@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import seal
 
 import checkpoint
 from errors import InputError
@@ -63,32 +64,40 @@ def damaged(path: Path, how: str) -> None:
             archive.writestr("a.txt", "hello")
     elif how == "pickle":
         path.write_bytes(pickle.dumps(Payload()))
+    elif how == "flipped":
+        path.write_bytes(data[:900] + bytes([data[900] ^ 4]) + data[901:])
+    elif how == "resaved":
+        torch.save(torch.load(path, weights_only=True), path)
     elif how == "payload":
-        torch.save(contents() | {"quill_checkpoint": 1, "extra": Payload()}, path)
+        checkpoint.save(path, contents() | {"extra": Payload()})
     elif how == "tensor":
         torch.save(torch.zeros(3), path)
+        seal(path)
     elif how == "foreign":
         torch.save({"model": {}, "model_args": {}}, path)
+        seal(path)
     elif how == "newer":
-        torch.save(contents() | {"quill_checkpoint": 99}, path)
+        checkpoint.save(path, contents() | {"quill_checkpoint": 99})
     else:
-        torch.save(contents() | {"quill_checkpoint": 1, "model_config": [1]}, path)
+        checkpoint.save(path, contents() | {"model_config": [1]})
 
 
 @pytest.mark.parametrize(
     ("how", "complaint"),
     [
         ("missing", "is missing: train first"),
-        ("empty", "truncated or not a checkpoint"),
-        ("text", "not a checkpoint"),
+        ("empty", "damaged, or not a checkpoint"),
+        ("text", "damaged, or not a checkpoint"),
         ("folder", "Is a directory"),
-        ("truncated", "truncated"),
-        ("another zip", "not a checkpoint"),
-        ("pickle", "nothing in it was run"),
+        ("truncated", "damaged"),
+        ("flipped", "damaged"),
+        ("resaved", "its checksum is missing"),
+        ("another zip", "damaged, or not a checkpoint"),
+        ("pickle", "damaged, or not a checkpoint"),
         ("payload", "nothing in it was run"),
         ("tensor", "is not a Quill checkpoint"),
         ("foreign", "is not a Quill checkpoint"),
-        ("newer", "schema version 99"),
+        ("newer", "not a Quill checkpoint of schema version 2"),
         ("wrong types", "model_config missing or broken"),
     ],
 )

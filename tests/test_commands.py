@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, TINY, command, is_one_error_line
+from conftest import REPO, TINY, command, edit_meta, is_one_error_line
+
+import checkpoint
 
 NANOGPT_STYLE = """\
 import time
@@ -73,7 +76,8 @@ def test_prepare_train_resume_sample(tiny):
     assert resumed.returncode == 0 and "resuming after step 3 of 6" in resumed.stdout
     sampled = command("sample", "--out_dir=out", "--num_samples=1", "--max_new_tokens=20")
     assert sampled.returncode == 0 and len(sampled.stdout) > 20
-    assert sorted(p.name for p in Path("out").iterdir()) == ["best.pt", "ckpt.pt", "metrics.jsonl"]
+    files = [".lock", "best.pt", "ckpt.previous.pt", "ckpt.pt", "metrics.jsonl"]
+    assert sorted(p.name for p in Path("out").iterdir()) == files
 
 
 def test_a_nanogpt_config_runs_unmodified(tiny, call):
@@ -106,7 +110,7 @@ def test_kill_and_resume_equals_the_undisturbed_run(tiny):
         "import sys, time, os, torch, train, errors; save = torch.save\n"
         "def killed(value, file):\n"
         "    save(value, file)\n"
-        "    if value['step'] == 20: file.truncate(1000); file.flush(); os.kill(os.getpid(), 9)\n"
+        "    if value['step'] == 20: file.file.truncate(1000); os.kill(os.getpid(), 9)\n"
         "torch.save = killed; errors.run_script(train.main)"
     )
     environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
@@ -136,19 +140,28 @@ def test_a_reader_that_leaves_early(tiny, call):
 # ---- wrong input: exit 2, one line, nothing lost ------------------------------------------------
 
 
-def edit_meta(**changes):
-    path = Path("data/tiny/meta.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def spoil_ids(name: str):
+    path = Path(f"data/tiny/{name}.bin")
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    edit_meta("data/tiny", **{f"{name}_sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
 
 
-def spoil_ids(path: str):
-    Path(path).write_bytes(b"\xff" * Path(path).stat().st_size)
+def flip_a_bit(path: str):
+    data = bytearray(Path(path).read_bytes())
+    data[len(data) // 2] ^= 16
+    Path(path).write_bytes(data)
+
+
+def only_checkpoint(data: bytes):
+    Path("out/ckpt.pt").write_bytes(data)
+    Path("out/ckpt.previous.pt").unlink()
 
 
 def edit_checkpoint(change):
     saved = torch.load("out/ckpt.pt", weights_only=True)
     change(saved)
-    torch.save(saved, "out/ckpt.pt")
+    checkpoint.save(Path("out/ckpt.pt"), saved)
+    Path("out/ckpt.previous.pt").unlink(missing_ok=True)  # or the run goes on from there
 
 
 def short_moment(saved):
@@ -187,13 +200,20 @@ def write(path: str, content: str | bytes):
         ([], lambda: write("data/tiny/val.bin", b""), "val.bin has 0 bytes"),
         ([], lambda: Path("data/tiny/val.bin").unlink(), "val.bin: No such file"),
         ([], lambda: write("data/tiny/meta.json", "{"), "not valid JSON"),
-        ([], lambda: write("data/tiny/meta.json", "{}"), "does not describe a Quill dataset"),
-        ([], lambda: spoil_ids("data/tiny/val.bin"), "val.bin: token id 65535 does not fit"),
-        ([], lambda: edit_meta(vocab_size=3), "vocab_size=3, but its tokenizer has 30"),
-        ([], lambda: edit_meta(tokenizer={"kind": "morse"}), "no usable tokenizer"),
+        ([], lambda: write("data/tiny/meta.json", "{}"), "does not describe a dataset"),
+        ([], lambda: spoil_ids("val"), "val.bin: token id 65535 does not fit"),
+        (
+            [],
+            lambda: edit_meta("data/tiny", vocab_size=3),
+            "vocab_size=3, but its tokenizer has 30",
+        ),
+        ([], lambda: edit_meta("data/tiny", tokenizer={"kind": "morse"}), "no usable tokenizer"),
         (["--device=cuda:99"], None, "device=cuda:99: there is none here"),
         (["--device=cpu:7"], None, "device=cpu:7: there is none here"),
-        (["--out_dir="], None, "out_dir is empty"),
+        (["--out_dir="], None, "out_dir=''"),
+        (["--out_dir=../elsewhere"], None, "without '..'"),
+        ([], lambda: flip_a_bit("data/tiny/train.bin"), "train.bin was changed or damaged"),
+        ([], lambda: flip_a_bit("data/tiny/meta.json"), "meta.json"),
         (["--dropout=1.5"], None, "dropout=1.5"),
         (["--batch_size=0"], None, "batch_size=0"),
         (["--init_from=elsewhere"], None, "init_from: expected 'scratch' or 'resume'"),
@@ -216,9 +236,9 @@ def test_wrong_input_to_train(tiny, call, argv, damage, complaint):
         (["--n_layer=3", "--n_embd=32"], None, "n_layer is 2 there and 3 here, n_embd is 16"),
         (["--optimizer=muon"], None, "optimizer is 'adamw' there and 'muon' here"),
         (["--max_iters=3"], None, "max_iters=3 lies before step 6"),
-        ([], lambda: write("out/ckpt.pt", b"PK\x03\x04 nonsense"), "out/ckpt.pt"),
-        ([], lambda: write("out/ckpt.pt", Path("out/best.pt").read_bytes()), "optimizers"),
-        ([], lambda: write("out/ckpt.pt", Path("out/ckpt.pt").read_bytes()[:5000]), "truncated"),
+        ([], lambda: only_checkpoint(b"PK\x03\x04 nonsense"), "out/ckpt.pt is damaged"),
+        ([], lambda: only_checkpoint(Path("out/best.pt").read_bytes()), "optimizers"),
+        ([], lambda: only_checkpoint(Path("out/ckpt.pt").read_bytes()[:5000]), "is damaged"),
         ([], lambda: edit_checkpoint(short_moment), "optimizer state does not fit"),
         ([], lambda: edit_checkpoint(no_moments), "optimizer state does not fit"),
         ([], lambda: edit_checkpoint(odd_progress), "progress.step has another type"),
@@ -263,7 +283,7 @@ def test_a_folder_that_cannot_be_written(tiny, call):
 def test_an_out_dir_that_is_a_file(tiny, call):
     write("taken", "x")
     code, _, err = call("train", *TINY, "--out_dir=taken")
-    assert code == 2 and is_one_error_line(err) and "out_dir=taken" in err
+    assert code == 2 and is_one_error_line(err) and "taken: there is a file" in err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

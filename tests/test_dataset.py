@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
+from conftest import edit_meta
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,11 +44,6 @@ def test_a_write_that_fails_leaves_what_was_there(folder):
     assert sorted(p.name for p in (folder / "d").iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
-def edit_meta(folder, **changes):
-    path = folder / "meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
@@ -57,7 +51,7 @@ def edit_meta(folder, **changes):
         (lambda d: (d / "meta.json").write_text("{"), "not valid JSON"),
         (lambda d: (d / "meta.json").write_text("[" * 100_000), "not valid JSON"),
         (lambda d: (d / "meta.json").write_bytes(b"\xff\xfe"), "not valid JSON"),
-        (lambda d: (d / "meta.json").write_text("[1]"), "does not describe a Quill dataset"),
+        (lambda d: (d / "meta.json").write_text("[1]"), "does not describe a dataset"),
         (lambda d: (d / "meta.json").write_text('{"vocab_size": 65}'), "does not describe"),
         (lambda d: edit_meta(d, vocab_size="10"), "vocab_size not usable"),
         (lambda d: edit_meta(d, vocab_size=True), "vocab_size not usable"),

@@ -87,7 +87,7 @@ def test_last_checkpoint_serves_when_there_is_no_best(trained, call):
         (["--start=FILE:nothing.txt"], "nothing.txt: No such file"),
         (["--start=FILE:empty.txt"], "the prompt is empty"),
         (["--start=FILE:latin.txt"], "latin.txt is not UTF-8 at byte 1"),
-        (["--start=\udcff"], "not valid UTF-8"),
+        (["--start=\udcff"], "is not valid UTF-8"),
         (["--start=the Ω"], "lacks 'Ω' (U+03A9)"),
         (["--temperature=-1"], "temperature=-1.0: must be at least 0"),
         (["--top_p=1.1"], "top_p=1.1: must be at most 1"),

@@ -69,6 +69,8 @@ def test_good_flags(argv, field, value):
         (["--mode=maybe"], "expected true or false or 'auto'"),
         (["-rate=1"], "two dashes"),
         (["missing.py"], "missing.py: No such file"),
+        (["--name=a\0b"], "not valid UTF-8 without NUL"),
+        (["--name=a\udcffb"], "not valid UTF-8 without NUL"),
     ],
 )
 def test_bad_flags(argv, complaint):
@@ -145,7 +147,10 @@ def test_any_command_line_is_accepted_or_refused_in_one_way(argv):
     assert 0 <= config.rate <= 1 and config.steps >= 1 and type(config.fast) is bool
 
 
-@given(st.floats(0, 1), st.integers(1), st.text(), st.booleans())
+words = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"))
+
+
+@given(st.floats(0, 1), st.integers(1), words, st.booleans())
 def test_values_survive_the_command_line(rate, steps, name, fast):
     argv = [f"--rate={rate!r}", f"--steps={steps}", f"--name={name}", f"--fast={fast}"]
     assert load(*argv) == Options(rate=rate, steps=steps, name=name, fast=fast)

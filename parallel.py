@@ -1,0 +1,182 @@
+"""Several processes that train one model: what they exchange, and how they stop together.
+
+torchrun starts them and tells each, in environment variables, who it is. In a process that is alone
+every function here does nothing. The processes trust each other: they are one program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from errors import RunError, complain, expected_failure
+from model import GPT
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+def is_first_here() -> bool:
+    """Whether this is the machine's first process, which checks the machine's files."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def together(device: torch.device, backend: str):
+    """In the block the processes can exchange tensors; when one fails, all stop with one message.
+
+    CPU tensors go through gloo, those on a GPU through `backend`.
+    """
+    if size() == 1:
+        yield
+        return
+    backends = f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else "gloo"
+    try:
+        store, _, _ = next(dist.rendezvous("env://"))
+        dist.init_process_group(backends, store=store, rank=rank(), world_size=size())
+        yield
+        dist.barrier()  # torchrun ends the others once one has ended in failure: save first
+        dist.destroy_process_group()
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, RuntimeError) and _says_that_another_is_gone(error):
+            error = RunError(
+                "another process of this run ended unexpectedly; the same command with "
+                "--init_from=auto goes on from the last checkpoint"
+            )
+        failure = expected_failure(error)
+        if failure is None:
+            raise
+        message, code = failure
+        if _is_first_to_fail(store):
+            complain(f"process {rank()} of {size()}: {message}")
+        raise SystemExit(code) from None
+
+
+def _says_that_another_is_gone(error: RuntimeError) -> bool:
+    is_ours = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
+    return bool(is_ours)
+
+
+def _is_first_to_fail(store) -> bool:
+    try:
+        return store.add("failures", 1) == 1
+    except RuntimeError:  # the process that keeps the store is gone
+        return True
+
+
+def total(tensor):
+    """The sum over the processes, in place of each one's part."""
+    if size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def largest(number: int) -> int:
+    """Over the processes; waits for them, not for their devices."""
+    if size() == 1:
+        return number
+    tensor = torch.tensor(number)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def share(value):
+    """The main process's value; on the others its tensors have a shape and no contents."""
+    if size() == 1:
+        return value
+    hollow = [_without_contents(value) if is_main() else None]
+    dist.broadcast_object_list(hollow, device=torch.device("cpu"))
+    return value if is_main() else hollow[0]
+
+
+def _without_contents(value):
+    if isinstance(value, dict):
+        return {name: _without_contents(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_without_contents(part) for part in value]
+    return value.to("meta") if torch.is_tensor(value) else value
+
+
+def spread(tensor, like):
+    """The main process's CPU tensor, on every process: all of it, or its part where `like` has one.
+
+    -> on like's device, in the tensor's own dtype.
+    """
+    if size() == 1:
+        return tensor.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    if not is_main():
+        tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
+    tensor = tensor.to(like.device)
+    if _is_sharded(like) and tensor.shape == like.shape:
+        return distribute_tensor(tensor, like.device_mesh, like.placements)
+    dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def whole(tensor):
+    """All of a tensor of which each process may have a part; every process must ask."""
+    return tensor.full_tensor() if _is_sharded(tensor) else tensor
+
+
+def own_part(tensor):
+    """What of a tensor lies in this process."""
+    return tensor.to_local() if _is_sharded(tensor) else tensor
+
+
+def _is_sharded(tensor) -> bool:
+    if size() == 1:
+        return False
+    from torch.distributed.tensor import DTensor  # takes a third of a second
+
+    return isinstance(tensor, DTensor)
+
+
+def replicate(forward: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """DDP, Li et al. 2020: every process has all of the model, gradients are averaged."""
+    if size() == 1:
+        return forward
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(
+        forward, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+
+def shard(model: GPT, device: torch.device, compile_mode: str | None) -> None:
+    """FSDP, Zhao et al. 2023: each process keeps its part of every tensor, in place.
+
+    A block is put together while it computes; compile_mode: how to compile it, None for not.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (size(),))
+    for block in model.transformer.h:
+        if compile_mode is not None:
+            block.compile(mode=compile_mode)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def average_gradients(forward: torch.nn.Module, now: bool) -> None:
+    """Whether the next backward pass exchanges gradients: only a step's last one need do it."""
+    if isinstance(forward, DistributedDataParallel):
+        forward.require_backward_grad_sync = now
+    elif size() > 1:
+        forward.set_requires_gradient_sync(now)
