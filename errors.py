@@ -18,11 +18,7 @@ class RunError(Exception):
 
 
 def run_script(main) -> None:
-    """Run `main(argv) -> exit code` as a command; expected failures become one line, no traceback.
-
-    Of several processes on a machine the first speaks: here, before they have found each other,
-    all fail in the same way (see parallel.py for later).
-    """
+    """Run `main(argv) -> exit code` as a command; what may fail fails with one line."""
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
@@ -33,8 +29,7 @@ def run_script(main) -> None:
         if isinstance(error, BrokenPipeError):
             silence_stdout()
         message, code = failure
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            complain(message)
+        complain(message)
     sys.exit(code)
 
 

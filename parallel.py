@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
+import uuid
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from errors import RunError, complain, expected_failure
 from model import GPT
+
+MEETING_SECONDS = 600  # for the processes to find each other
 
 
 def rank() -> int:
@@ -36,22 +40,20 @@ def is_first_here() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-@contextlib.contextmanager
-def together(device: torch.device, backend: str):
-    """In the block the processes can exchange tensors; when one fails, all stop with one message.
+_store = None  # where the processes find each other, and note failures
 
-    CPU tensors go through gloo, those on a GPU through `backend`.
-    """
-    if size() == 1:
-        yield
-        return
-    backends = f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else "gloo"
+
+@contextlib.contextmanager
+def together():
+    """In the block, when one process fails all stop, with one message and its exit code."""
+    global _store
     try:
-        store, _, _ = next(dist.rendezvous("env://"))
-        dist.init_process_group(backends, store=store, rank=rank(), world_size=size())
+        agents_store, _, _ = next(dist.rendezvous("env://"))
+        _store = _own_part_of(agents_store)
         yield
-        dist.barrier()  # torchrun ends the others once one has ended in failure: save first
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.barrier()  # torchrun ends the others once one has ended in failure: save first
+            dist.destroy_process_group()
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, RuntimeError) and _says_that_another_is_gone(error):
             error = RunError(
@@ -62,9 +64,40 @@ def together(device: torch.device, backend: str):
         if failure is None:
             raise
         message, code = failure
-        if _is_first_to_fail(store):
+        if _is_first_to_fail():
             complain(f"process {rank()} of {size()}: {message}")
         raise SystemExit(code) from None
+
+
+def _own_part_of(store) -> dist.Store:
+    """A part of torchrun's store that no processes before these have written to.
+
+    The store outlives the processes that torchrun restarts, and so do the addresses in it, which
+    the next ones would take for each other's: github.com/pytorch/pytorch/issues/135712. So the
+    others tell the main process a word of their own, and it answers each with a word for all.
+    """
+    own_word = uuid.uuid4().hex
+    if not is_main():
+        store.set(f"process {rank()}", own_word)
+        word_for_all = store.get(f"answer to {own_word}").decode()  # waits
+        store.set(f"{word_for_all} has {rank()}", "")
+        return dist.PrefixStore(word_for_all, store)
+    deadline = time.monotonic() + MEETING_SECONDS
+    for other in range(1, size()):
+        while not store.check([f"{own_word} has {other}"]):
+            if time.monotonic() > deadline:
+                raise RunError(f"process {other} of {size()} did not start in time")
+            if store.check([f"process {other}"]):
+                store.set(f"answer to {store.get(f'process {other}').decode()}", own_word)
+            time.sleep(0.01)
+    return dist.PrefixStore(own_word, store)
+
+
+def connect(device: torch.device, backend: str) -> None:
+    """From here on tensors can be exchanged: those on a GPU through `backend`, others by gloo."""
+    if size() > 1:
+        backends = f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backends, store=_store, rank=rank(), world_size=size())
 
 
 def _says_that_another_is_gone(error: RuntimeError) -> bool:
@@ -72,10 +105,10 @@ def _says_that_another_is_gone(error: RuntimeError) -> bool:
     return bool(is_ours)
 
 
-def _is_first_to_fail(store) -> bool:
+def _is_first_to_fail() -> bool:
     try:
-        return store.add("failures", 1) == 1
-    except RuntimeError:  # the process that keeps the store is gone
+        return _store.add("failures", 1) == 1
+    except (RuntimeError, AttributeError):  # the store is gone, or not yet found
         return True
 
 
@@ -153,9 +186,9 @@ def replicate(forward: torch.nn.Module, device: torch.device) -> torch.nn.Module
     if size() == 1:
         return forward
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(
-        forward, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    forward = DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)
+    forward.broadcast_buffers = False  # a table of positions, the same everywhere
+    return forward
 
 
 def shard(model: GPT, device: torch.device, compile_mode: str | None) -> None:

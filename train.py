@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -108,14 +109,23 @@ class TrainConfig:
 
 
 def main(argv: list[str]) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return run(argv)
+    import parallel
+
+    with parallel.together():
+        return run(argv)
+
+
+def run(argv: list[str]) -> int:
     config = settings.load(TrainConfig, argv, usage=__doc__)
     folder = run_folder(config.out_dir)
     # Here, not at the top: torch takes a second, --help and typos should not.
     import parallel
     import runtime
 
-    device = runtime.pick_device(config.device)
-    with parallel.together(device, config.backend), contextlib.ExitStack() as stack:
+    parallel.connect(runtime.pick_device(config.device), config.backend)
+    with contextlib.ExitStack() as stack:
         saved = None
         if parallel.is_main():
             if not config.eval_only:
