@@ -23,6 +23,9 @@ from files import sha256_of, staged
 from model import GPT, GPTConfig
 
 SCHEMA_VERSION = 2
+# What values of a kind or shape that nobody expects may raise, here and in PyTorch.
+MISFITS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+
 _COMMON = {"model": dict, "model_config": dict, "config": dict, "tokenizer": dict, "step": int}
 _RESUME = {"optimizers": list, "average": list, "scaler": dict, "progress": dict}
 
@@ -107,7 +110,8 @@ def load(path: Path, *, for_resume: bool = False) -> dict:
         raise
     except Exception as error:  # its checksum is right: somebody made it so
         raise InputError(f"{path} is not a checkpoint ({type(error).__name__})") from None
-    if not isinstance(contents, dict) or contents.get("quill_checkpoint") != SCHEMA_VERSION:
+    version = contents.get("quill_checkpoint") if isinstance(contents, dict) else None
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise InputError(f"{path} is not a Quill checkpoint of schema version {SCHEMA_VERSION}")
     needed = _COMMON | _RESUME if for_resume else _COMMON
     wrong = [name for name, kind in needed.items() if not isinstance(contents.get(name), kind)]
@@ -196,6 +200,6 @@ def build_model(contents: dict, path: Path) -> tuple[GPT, tokenizers.Tokenizer]:
         model.load_state_dict(weights)
         if not all(p.isfinite().all() for p in model.parameters()):
             raise ValueError("a weight is not finite")
-    except (ValueError, TypeError, RuntimeError, AttributeError, OverflowError) as error:
+    except MISFITS as error:
         raise InputError(f"{path}: its weights and its model config disagree: {error}") from None
     return model, tokenizers.from_json(contents["tokenizer"], str(path))

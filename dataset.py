@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import InputError
-from files import sha256_of, staged
+from files import finish_staged, sha256_of, staged
 
 FORMAT_VERSION = 2
 SPLITS = ("train", "val")
@@ -57,7 +57,7 @@ def write(folder: Path, chunks: Iterable[tuple[str, np.ndarray]], **described) -
     counts = dict.fromkeys(SPLITS, 0)
     digests = {split: hashlib.sha256() for split in SPLITS}
     folder.mkdir(parents=True, exist_ok=True)
-    with staged(folder / "train.bin", folder / "val.bin", folder / "meta.json") as files:
+    with staged(*_paths(folder)) as files:
         handle_of = dict(zip(SPLITS, files, strict=False))
         for split, ids in chunks:
             data = ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
@@ -71,6 +71,17 @@ def write(folder: Path, chunks: Iterable[tuple[str, np.ndarray]], **described) -
         fields = dataclasses.asdict(meta)
         files[2].write(json.dumps(fields | {"checksum": _checksum(fields)}, indent=1).encode())
     return meta
+
+
+def _paths(folder: Path) -> list[Path]:
+    return [folder / "train.bin", folder / "val.bin", folder / "meta.json"]
+
+
+def _describes_a_dataset(path: Path) -> bool:
+    try:
+        return bool(read_meta(path))
+    except InputError:
+        return False
 
 
 def _checksum(fields: dict) -> str:
@@ -106,6 +117,8 @@ def read(folder: Path, verify: bool = True) -> tuple[Meta, np.ndarray, np.ndarra
 
     verify: read all of both files once, to compare their checksums.
     """
+    if verify:
+        finish_staged(*_paths(folder), is_whole=_describes_a_dataset)
     if not (folder / "meta.json").exists():
         raise InputError(
             f"dataset {folder.name!r} is not prepared ({folder / 'meta.json'} is missing): run "

@@ -20,11 +20,11 @@ def staged(*paths: Path, keep: Path | None = None):
 
     They are written under `<name>.tmp`, flushed to the disk and, when the block ends well, renamed
     in the order given. When it ends badly they are removed, and whatever was there before stays.
-    Of several, the last makes the others valid: it is away while they change, so that a kill
-    between two renames leaves nothing that looks whole and is not. `keep` is a name for what one
-    path held until now.
+    Of several, the last makes the others valid: it is away while they change, and `finish_staged`
+    can do what a kill between two renames left undone. `keep` is a second name, for what one path
+    held until now.
     """
-    temporary = [path.with_name(path.name + ".tmp") for path in paths]
+    temporary = [_temporary(path) for path in paths]
     handles = []
     try:
         for tmp in temporary:
@@ -37,7 +37,7 @@ def staged(*paths: Path, keep: Path | None = None):
         if len(paths) > 1:
             paths[-1].unlink(missing_ok=True)
         if keep is not None and paths[0].exists():
-            paths[0].replace(keep)
+            _give_second_name(paths[0], keep)
         for tmp, path in zip(temporary, paths, strict=True):
             tmp.replace(path)
     except BaseException as error:
@@ -50,6 +50,35 @@ def staged(*paths: Path, keep: Path | None = None):
             tmp.unlink(missing_ok=True)
         raise
     _sync_folder(paths[0].parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def _give_second_name(path: Path, name: Path) -> None:
+    """Without a moment in which `path` is missing, where the file system has hard links."""
+    _temporary(name).unlink(missing_ok=True)
+    try:
+        os.link(path, _temporary(name))
+    except OSError:
+        path.replace(name)
+    else:
+        _temporary(name).replace(name)
+
+
+def finish_staged(*paths: Path, is_whole) -> None:
+    """Rename what `staged` had written to the end when it was killed; `is_whole(last path)`.
+
+    Raises `InputError` when it is at work just now.
+    """
+    if paths[-1].exists() or not is_whole(_temporary(paths[-1])):
+        return
+    with locked(paths[0].parent):
+        for path in paths:
+            if _temporary(path).exists():
+                _temporary(path).replace(path)
+        _sync_folder(paths[0].parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -38,7 +38,8 @@ SHAKESPEARE_URLS = (
 )
 BUILT_IN = {"shakespeare_char": "char", "shakespeare": "gpt2"}  # dataset -> tokenizer
 
-TIMEOUT_SECONDS = 20
+TIMEOUT_SECONDS = 20  # without a byte
+DOWNLOAD_SECONDS = 300  # in all
 ATTEMPTS = 3  # at each address
 
 
@@ -105,13 +106,14 @@ def download(urls, path: Path, n_bytes: int, sha256: str, wait_seconds: float = 
     is written only when everything is right.
     """
     import requests
+    import urllib3
 
     reasons = {}
     for attempt in range(ATTEMPTS):
         for url in urls:
             try:
                 body = _fetch(url, n_bytes)
-            except requests.RequestException as error:
+            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                 reasons[url] = f"{type(error).__name__}"
                 continue
             if hashlib.sha256(body).hexdigest() == sha256:
@@ -132,14 +134,15 @@ def _fetch(url: str, n_bytes: int) -> bytes:
     """At most a byte more than `n_bytes`, so that a wrong file cannot fill the memory."""
     import requests
 
+    deadline = time.monotonic() + DOWNLOAD_SECONDS
     with requests.get(url, stream=True, timeout=TIMEOUT_SECONDS) as response:
         response.raise_for_status()
         body = b""
-        for chunk in response.iter_content(1 << 16):
-            body += chunk
+        while piece := response.raw.read1(n_bytes + 1 - len(body), decode_content=True):
+            body += piece
             show_progress(f"downloading {url}", len(body), n_bytes)
-            if len(body) > n_bytes:
-                break
+            if time.monotonic() > deadline:
+                raise requests.Timeout
     return body
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import parallel
+from checkpoint import MISFITS
 from errors import InputError
 from optim import restore
 
@@ -106,7 +107,7 @@ def put_back(trainer: Trainer, saved: dict) -> None:
             restore(optimizer, state, has_stepped=trainer.progress.step > 0)
         if trainer.scaler.is_enabled():
             _restore_scaler(trainer.scaler, saved["scaler"])
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except MISFITS as error:
         path = trainer.out_dir / "ckpt.pt"
         raise InputError(f"{path} is not usable for a resume: {error}") from None
 
