@@ -39,10 +39,12 @@ def read_metrics(path: Path) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
+            if record.get("loss", 0) is None:
+                del record["loss"]  # the step's update was skipped
             losses = [record[name] for name in ("train_loss", "val_loss", "loss") if name in record]
             if type(record["step"]) is not int or not all(type(loss) is float for loss in losses):
                 raise ValueError("no step with losses")
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise InputError(f"{path}, line {number}: not a line of metrics; remove it") from None
         records.append(record)
     if not any({"train_loss", "val_loss"} <= record.keys() for record in records):

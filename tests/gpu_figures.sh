@@ -23,6 +23,8 @@ for mode in default reduce-overhead; do
             --compile_mode=$mode --json="$results/bench_${config}_$mode.json"
     done
 done
+step bench_shakespeare_char_deterministic python bench.py config/shakespeare_char.py \
+    --deterministic=true --json="$results/bench_shakespeare_char_deterministic.json"
 step bench_gpt2_124M python bench.py config/shakespeare.py --n_layer=12 --n_head=12 --n_embd=768 \
     --block_size=1024 --batch_size=32 --dropout=0 --timed_steps=50 \
     --json="$results/bench_gpt2_124M.json"

@@ -102,31 +102,6 @@ def test_a_signal_saves_and_prints_the_resume_command(tiny, number):
     assert step >= 5 and max(line["step"] for line in lines) == step
 
 
-def test_kill_and_resume_equals_the_undisturbed_run(tiny):
-    """SIGKILL, also inside a checkpoint write: the long form of this is in test_kill.py."""
-    flags = [*TINY, "--max_iters=40", "--eval_interval=1", "--dropout=0.1"]
-    assert command("train", *flags, "--out_dir=whole").returncode == 0
-    slow_save = (
-        "import sys, time, os, torch, train, errors; save = torch.save\n"
-        "def killed(value, file):\n"
-        "    save(value, file)\n"
-        "    if value['step'] == 20: file.file.truncate(1000); os.kill(os.getpid(), 9)\n"
-        "torch.save = killed; errors.run_script(train.main)"
-    )
-    environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-c", slow_save, *flags, "--out_dir=parts"]
-    assert subprocess.run(line, env=environment, capture_output=True).returncode == -9
-    assert list(Path("parts").glob("*.tmp")), "killed inside a write"
-    assert command("train", "--out_dir=parts", "--init_from=resume").returncode == 0
-    whole, parts = (torch.load(f"{d}/ckpt.pt", weights_only=True) for d in ("whole", "parts"))
-    assert all(torch.equal(whole["model"][k], parts["model"][k]) for k in whole["model"])
-    steps = [
-        [json.loads(line)["step"] for line in Path(f"{d}/metrics.jsonl").read_text().splitlines()]
-        for d in ("whole", "parts")
-    ]
-    assert steps[0] == steps[1]
-
-
 def test_a_reader_that_leaves_early(tiny, call):
     call("train", *TINY)
     line = f"{sys.executable} {REPO}/sample.py --num_samples=50 --device=cpu | head -c 20"

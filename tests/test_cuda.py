@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
+from test_parallel import processes
 
 import settings
 from model import GPT, GPTConfig, generate
@@ -52,7 +53,15 @@ def test_compiled_sampling_writes_the_same_text(tiny, call):
     assert call("sample", *flags, "--compile=true") == plain and plain[0] == 0
 
 
-@pytest.mark.parametrize("flags", [["--compile=false"], ["--optimizer=muon", "--compile=false"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--compile=false"],
+        ["--optimizer=muon", "--compile=false"],
+        ["--deterministic=true"],
+        ["--deterministic=true", "--optimizer=muon", "--dtype=bfloat16"],
+    ],
+)
 def test_resume_is_bitwise_equal_to_never_stopping(tiny, call, flags):
     flags = [*ON_GPU, *DROPOUT, *flags]
     call("train", *flags, "--out_dir=whole")
@@ -74,6 +83,26 @@ def test_a_step_does_not_wait_for_the_device(tiny, flags):
         run.train_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_on_one_gpu_make_the_run_of_one(tiny, call, parallel):
+    """Through gloo: nccl wants a GPU for each."""
+    flags = [*ON_GPU, "--dtype=float32", "--compile=false", "--device=cuda:0"]
+    assert call("train", *flags, "--out_dir=one")[0] == 0
+    processes(2, *flags, "--out_dir=two", "--backend=gloo", f"--parallel={parallel}")
+    one, two = (torch.load(f"{d}/best.pt", weights_only=True) for d in ("one", "two"))
+    assert one["best_val_loss"] == pytest.approx(two["best_val_loss"], rel=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_gpus_make_the_run_of_one(tiny, call, parallel):
+    flags = [*ON_GPU, "--dtype=float32"]
+    assert call("train", *flags, "--out_dir=one")[0] == 0
+    processes(2, *flags, "--out_dir=two", f"--parallel={parallel}")
+    one, two = (torch.load(f"{d}/best.pt", weights_only=True) for d in ("one", "two"))
+    assert one["best_val_loss"] == pytest.approx(two["best_val_loss"], rel=1e-3)
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights(tiny):

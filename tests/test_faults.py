@@ -157,16 +157,16 @@ def test_prepare_killed_at_random_moments(folder, n_faults, text):
 # ---- SIGINT and SIGTERM ------------------------------------------------------------------------
 
 
-@counts(4, 100)
+@counts(3, 100)
 def test_signals_at_random_moments(tiny, n_faults):
     rng = random.Random(3)
-    flags = [*BUSY, f"--max_iters={60 * n_faults}", "--init_from=auto"]
+    flags = [*BUSY, f"--max_iters={60 * n_faults}", "--eval_interval=8", "--init_from=auto"]
     assert command("train", *flags, "--out_dir=whole", timeout=600).returncode == 0
     saved = 0
     for fault in range(n_faults):
         number = [signal.SIGINT, signal.SIGTERM][fault % 2]
         run = start("train", *flags, "--out_dir=parts")
-        if fault % 4 < 2:
+        if fault % 3 < 2:
             assert any("loss" in line for line in iter(run.stdout.readline, ""))
             time.sleep(rng.uniform(0, 0.1))
         else:
@@ -178,7 +178,7 @@ def test_signals_at_random_moments(tiny, n_faults):
     done = command("train", *flags, "--out_dir=parts", timeout=600)
     assert (done.returncode, done.stderr) == (0, "")
     same_run("whole", "parts")
-    assert saved >= n_faults // 2
+    assert saved >= 2 * n_faults // 3
     print(f"\n{n_faults} signals: {saved} in the loop, saved; the others while starting")
 
 
@@ -206,7 +206,7 @@ def fill(path: str, leave_kilobytes: int) -> Path:
     return filler
 
 
-@counts(2, 40)
+@counts(1, 40)
 def test_a_full_disk_stops_a_run_and_loses_nothing(tiny, n_faults):
     rng = random.Random(4)
     flags = [*TINY, "--n_embd=64", "--eval_interval=2", "--log_interval=1", "--max_iters=40"]

@@ -336,6 +336,64 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, call, monkeypat
     assert torch.load("out/ckpt.pt", weights_only=True)["step"] == 0
 
 
+def poison(monkeypatch, steps: set[int], value: float = math.nan):
+    """Multiply the losses of these steps, counted from 1."""
+    train_step = Trainer.train_step
+
+    def poisoned(self):
+        forward = self.forward
+        if self.progress.step + 1 in steps:
+            self.forward = lambda *a, **k: (None, forward(*a, **k)[1] * value)
+        try:
+            return train_step(self)
+        finally:
+            self.forward = forward
+
+    monkeypatch.setattr(Trainer, "train_step", poisoned)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--optimizer=adamw"], ["--optimizer=muon", "--average_decay=0.5"], ["--dtype=float16"]],
+)
+def test_updates_that_are_not_finite_are_skipped_and_told(tiny, call, monkeypatch, flags):
+    flags = [*TINY, *flags, "--max_iters=9", "--skip_nonfinite=2", "--log_interval=2"]
+    poison(monkeypatch, {4, 5})
+    code, out, err = call("train", *flags, "--out_dir=whole")
+    assert (code, err) == (0, "")
+    assert "step 4: not finite, update skipped (1 of 2)" in out and "step 5: not finite" in out
+    saved = torch.load("whole/ckpt.pt", weights_only=True)
+    assert saved["step"] == 9 and saved["progress"]["skipped_steps"] == [4, 5]
+    assert all(torch.isfinite(p).all() for p in saved["model"].values())
+    moments = [s for o in saved["optimizers"] for s in o["state"].values()]
+    assert all(torch.isfinite(t).all() for state in moments for t in state.values())
+    assert {int(state["step"]) for state in moments if "step" in state} == {7}
+    lines = metrics("whole/metrics.jsonl")
+    assert [line["step"] for line in lines if "skipped" in line] == [4, 5]
+    assert [line["loss"] for line in lines if line["step"] == 4 and "loss" in line] == [None]
+    # A run that was stopped between the two goes on as if it had not been.
+    call("train", *flags, "--out_dir=parts", "--max_iters=4", "--lr_decay_iters=9")
+    call("train", "--out_dir=parts", "--init_from=resume", "--max_iters=9", "--eval_interval=3")
+    assert same(weights("whole/ckpt.pt"), weights("parts/ckpt.pt"))
+    again = torch.load("parts/ckpt.pt", weights_only=True)
+    assert again["progress"]["skipped_steps"] == [4, 5]
+    poison(monkeypatch, {10})
+    code, _, err = call("train", "--out_dir=parts", "--init_from=resume", "--max_iters=12")
+    assert code == 1 and is_one_error_line(err) and "at step 10" in err, "two were all"
+
+
+def test_a_skipped_update_is_as_if_it_had_not_been_made(tiny, monkeypatch):
+    for optimizer in ("adamw", "muon"):
+        run = trainer("--skip_nonfinite=1", f"--optimizer={optimizer}")
+        run.train_step()
+        before = [p.clone() for o in run.optimizers for s in o.state.values() for p in s.values()]
+        with monkeypatch.context() as patch:
+            poison(patch, {2})
+            run.train_step()
+        after = [p for o in run.optimizers for s in o.state.values() for p in s.values()]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 @pytest.mark.parametrize(
     "flags", [["--optimizer=adamw"], ["--optimizer=muon"], ["--dtype=float16"]]
 )
