@@ -7,6 +7,7 @@ every function here does nothing. The processes trust each other: they are one p
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import time
@@ -53,6 +54,7 @@ def together():
         yield
         if dist.is_initialized():
             dist.barrier()  # torchrun ends the others once one has ended in failure: save first
+            gc.collect()  # what still holds the group, whose threads must not outlive Python
             dist.destroy_process_group()
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, RuntimeError) and _says_that_another_is_gone(error):

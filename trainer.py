@@ -85,6 +85,18 @@ class Trainer:
         if self.compiles:
             self.forward = torch.compile(self.model, mode=self.config.compile_mode)
         self.forward = parallel.replicate(self.forward, self.device)
+        if parallel.size() > 1:
+            self._settle_replicas()
+
+    def _settle_replicas(self) -> None:
+        """Give DDP a backward pass, after which it lays the gradients out for good.
+
+        That layout decides in which order they are summed over three or more processes: the first
+        step of a resumed run would else differ in its last bits from the same step of another.
+        """
+        _, loss = self.forward(*self._micro_batches(0)[0])
+        loss.backward()
+        self.model.zero_grad()
 
     def _check_processes(self) -> None:
         """Raises InputError with every option that several processes cannot do."""

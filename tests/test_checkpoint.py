@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import zipfile
@@ -44,6 +45,27 @@ def test_best_comes_before_last(folder):
     assert checkpoint.find(folder).name == "ckpt.pt"
     checkpoint.save(folder / "best.pt", contents())
     assert checkpoint.find(folder).name == "best.pt"
+
+
+@pytest.mark.parametrize("has_hard_links", [True, False])
+def test_the_one_before_is_kept_and_the_last_never_missing(folder, monkeypatch, has_hard_links):
+    if not has_hard_links:
+        monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError("none here")))
+    last, previous = folder / "ckpt.pt", folder / "ckpt.previous.pt"
+    replace, was_there = Path.replace, []
+
+    def watched(self, target):
+        result = replace(self, target)
+        was_there.append(last.exists())
+        return result
+
+    checkpoint.save(last, contents() | {"step": 1}, previous)
+    monkeypatch.setattr(Path, "replace", watched)
+    for step in (2, 3):
+        checkpoint.save(last, contents() | {"step": step}, previous)
+    assert [checkpoint.load(path)["step"] for path in (last, previous)] == [3, 2]
+    assert all(was_there) == has_hard_links
+    assert sorted(p.name for p in folder.iterdir()) == ["ckpt.previous.pt", "ckpt.pt"]
 
 
 def damaged(path: Path, how: str) -> None:
@@ -121,6 +143,13 @@ def test_what_is_not_a_checkpoint_is_refused(folder, how, complaint):
         {"model_config": contents()["model_config"] | {"n_head": -1}},
         {"model": {7: torch.zeros(1)}},
         {"model_config": {"shape": 3}},
+        {"model_config": contents()["model_config"] | {"n_layer": 10**9}},
+        {"model_config": contents()["model_config"] | {"n_embd": 10**9}},
+        {"model_config": contents()["model_config"] | {"vocab_size": 10**18}},
+        {"model_config": contents()["model_config"] | {"block_size": 10**12, "position": "rotary"}},
+        {"model_config": contents()["model_config"] | {"mlp": "softmax"}},
+        {"model_config": contents()["model_config"] | {"dropout": "much"}},
+        {"model": {name: p * math.nan for name, p in contents()["model"].items()}},
         {"tokenizer": {"kind": "morse"}},
     ],
 )

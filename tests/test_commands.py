@@ -167,6 +167,7 @@ def write(path: str, content: str | bytes):
         (["--n_layer"], None, "--n_layer needs a value"),
         (["--n_embd=15"], None, "n_embd=15 is not divisible by n_head=2"),
         (["--position=rotary", "--n_embd=6"], None, "heads of 3"),
+        (["--n_embd=1000000"], None, "parameters, which take"),
         (["--block_size=1999999"], None, "block_size=1999999 does not fit"),
         (["--block_size=3000"], None, "val.bin"),
         (["--dataset=other"], None, "python prepare.py other"),

@@ -70,6 +70,25 @@ def test_what_does_not_agree_is_refused(folder, damage, complaint):
         dataset.read(folder / "d")
 
 
+@pytest.mark.parametrize("n_renamed", [0, 1, 2])
+def test_a_write_killed_between_its_renames_is_finished(folder, n_renamed):
+    """All three are on the disk then, and meta.json is away."""
+    expected = written(folder / "d")
+    for name in ("train.bin", "val.bin", "meta.json")[n_renamed:]:
+        (folder / "d" / name).rename(folder / "d" / f"{name}.tmp")
+    assert dataset.read(folder / "d")[0] == expected
+    assert not [*(folder / "d").glob("*.tmp")]
+
+
+def test_a_write_killed_before_its_renames_is_not_finished(folder):
+    written(folder / "d")
+    (folder / "d" / "meta.json").rename(folder / "d" / "meta.json.tmp")
+    with (folder / "d" / "meta.json.tmp").open("r+") as file:
+        file.truncate(50)
+    with pytest.raises(InputError, match="is not prepared"):
+        dataset.read(folder / "d")
+
+
 @pytest.mark.parametrize("limit", [0, 2**26])  # memory-mapped, on the device
 def test_windows(monkeypatch, limit):
     monkeypatch.setattr(dataset, "MAX_TOKENS_ON_DEVICE", limit)

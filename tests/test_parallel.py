@@ -202,7 +202,8 @@ def test_a_killed_process_is_restarted_and_nothing_is_lost(tiny, n, n_kills):
     for kill in range(n_kills):
         wait_for_steps("parts", 12 + 20 * kill)
         time.sleep(rng.uniform(0, 0.3))
-        before = workers(run)
+        while len(before := workers(run)) < n:
+            assert run.poll() is None
         os.kill(before[rng.randrange(n)], signal.SIGKILL)
         while run.poll() is None and set(workers(run).values()) & set(before.values()):
             time.sleep(0.05)
