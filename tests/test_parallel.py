@@ -209,7 +209,7 @@ def test_a_killed_process_is_restarted_and_nothing_is_lost(tiny, n, n_kills):
             time.sleep(0.05)
     said = run.communicate(timeout=200)[0]
     assert run.returncode == 0, said
-    assert said.count("resuming after step") == n_kills
+    assert 1 <= said.count("resuming after step") <= n_kills, "some are killed while starting"
     same_run("whole", "parts")
     print(f"\n{n} processes, {n_kills} of them killed: the weights are those of the run left alone")
 
