@@ -8,6 +8,7 @@ a zip archive; its comment, at the very end, is the SHA-256 of the rest.
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import struct
 import sys
@@ -37,6 +38,7 @@ _COMMENT_BYTES = len(_COMMENT) + 64
 # More than any checkpoint has, and no more than a small file may claim.
 _LONGEST_BLOCK = 2**24  # tokens; the table of their positions is not in the file
 _DEEPEST, _MOST_VALUES = 10, 10**6
+_LONGEST_PICKLE = 2**24  # bytes, without the tensors; a value takes up to 100 times its byte there
 
 
 class _Hashed:
@@ -51,6 +53,10 @@ class _Hashed:
 
     def flush(self) -> None:
         self.file.flush()
+
+
+class DamagedError(InputError):
+    """The file is missing, or not what was written."""
 
 
 def save(path: Path, contents: dict, previous: Path | None = None) -> None:
@@ -69,6 +75,9 @@ def save(path: Path, contents: dict, previous: Path | None = None) -> None:
         file.seek(-len(_NO_COMMENT), 2)
         file.write(_comment(hashed.digest))
         file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # read it from the disk, not from memory
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if not _is_whole(Path(file.name)):
             raise OSError(0, "what was read back is not what was written", str(path))
 
@@ -90,7 +99,7 @@ def load(path: Path, *, for_resume: bool = False) -> dict:
     """Read a checkpoint onto the CPU; raises `InputError` when it is missing or not usable."""
     try:
         if not _is_whole(path):
-            raise InputError(
+            raise DamagedError(
                 f"{path} is damaged, or not a checkpoint of this Quill (its checksum is missing or "
                 "differs): restore it from a copy, or train again"
             )
@@ -99,16 +108,18 @@ def load(path: Path, *, for_resume: bool = False) -> dict:
             warnings.simplefilter("ignore")  # about foreign pickles, which are refused below
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: train first, or check --out_dir") from None
+        raise DamagedError(f"{path} is missing: train first, or check --out_dir") from None
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except pickle.UnpicklingError:
         raise InputError(
             f"{path} holds more than tensors and plain types: refused, nothing in it was run"
         ) from None
-    except InputError:
+    except (InputError, OSError, MemoryError):
         raise
     except Exception as error:  # its checksum is right: somebody made it so
+        if "allocate memory" in str(error):
+            raise
         raise InputError(f"{path} is not a checkpoint ({type(error).__name__})") from None
     version = contents.get("quill_checkpoint") if isinstance(contents, dict) else None
     if type(version) is not int or version != SCHEMA_VERSION:
@@ -121,18 +132,18 @@ def load(path: Path, *, for_resume: bool = False) -> dict:
     return contents
 
 
-def load_latest(path: Path, previous: Path) -> dict:
+def load_latest(path: Path, previous: Path, may_move: bool) -> dict:
     """The checkpoint to resume from: `path`, or `previous` when that one is lost, saying so.
 
-    A damaged `path` is moved aside, so that it does not become the next previous one.
+    may_move: put a damaged `path` aside, so that it does not become the next previous one.
     """
     try:
         return load(path, for_resume=True)
-    except InputError as error:
+    except DamagedError as error:
         if not previous.exists():
             raise
         contents = load(previous, for_resume=True)
-        if path.exists():
+        if may_move and path.exists():
             aside = path.replace(path.with_suffix(".damaged"))
             error = f"{error}; kept as {aside}"
         print(
@@ -147,6 +158,7 @@ def _refuse_swelling(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
     is_packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+    is_packed |= any(part.file_size > _LONGEST_PICKLE for part in parts if "pkl" in part.filename)
     if is_packed or sum(part.file_size for part in parts) > path.stat().st_size:
         raise InputError(f"{path} is not a checkpoint: it claims more than it holds")
 
@@ -167,8 +179,10 @@ def _refuse_hollow(contents: dict, path: Path) -> None:
             is_usable = isinstance(value, (dict, list, tuple, str, int, float, type(None)))
         if not is_usable or depth > _DEEPEST or n_values > _MOST_VALUES:
             raise InputError(f"{path} is not a checkpoint: it claims more than it holds")
-        parts = (*value, *value.values()) if isinstance(value, dict) else value
         if isinstance(value, (dict, list, tuple)):
+            if len(value) + len(pending) > _MOST_VALUES:
+                raise InputError(f"{path} is not a checkpoint: it claims more than it holds")
+            parts = (*value, *value.values()) if isinstance(value, dict) else value
             pending += [(part, may_be_tensor, depth + 1) for part in parts]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import re
 import time
@@ -17,14 +18,14 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import RunError, complain, expected_failure
+from errors import InputError, RunError, complain, expected_failure
 from model import GPT
 
 MEETING_SECONDS = 600  # for the processes to find each other
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK", "0")) if size() > 1 else 0
 
 
 def size() -> int:
@@ -38,7 +39,7 @@ def is_main() -> bool:
 
 def is_first_here() -> bool:
     """Whether this is the machine's first process, which checks the machine's files."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return size() == 1 or os.environ["LOCAL_RANK"] == "0"
 
 
 _store = None  # where the processes find each other, and note failures
@@ -49,7 +50,13 @@ def together():
     """In the block, when one process fails all stop, with one message and its exit code."""
     global _store
     try:
-        agents_store, _, _ = next(dist.rendezvous("env://"))
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        if not all(os.environ.get(name, "").isdecimal() for name in names):
+            raise InputError(f"{', '.join(names)} are not all numbers: start it with torchrun")
+        try:
+            agents_store, _, _ = next(dist.rendezvous("env://"))
+        except ValueError as error:
+            raise InputError(f"{error}; start it with torchrun") from None
         _store = _own_part_of(agents_store)
         yield
         if dist.is_initialized():
@@ -57,11 +64,7 @@ def together():
             gc.collect()  # what still holds the group, whose threads must not outlive Python
             dist.destroy_process_group()
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, RuntimeError) and _says_that_another_is_gone(error):
-            error = RunError(
-                "another process of this run ended unexpectedly; the same command with "
-                "--init_from=auto goes on from the last checkpoint"
-            )
+        error = _lost_connection(error) or error
         failure = expected_failure(error)
         if failure is None:
             raise
@@ -102,9 +105,19 @@ def connect(device: torch.device, backend: str) -> None:
         dist.init_process_group(backends, store=_store, rank=rank(), world_size=size())
 
 
-def _says_that_another_is_gone(error: RuntimeError) -> bool:
-    is_ours = isinstance(error, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE)
-    return bool(is_ours)
+def _lost_connection(error: BaseException) -> RunError | None:
+    """What an error of PyTorch's exchange means to the user; None for any other."""
+    text = " ".join(str(error).split())[:300]
+    if not isinstance(error, RuntimeError):
+        return None
+    if not isinstance(error, dist.DistError) and not re.search("gloo|nccl", text, re.IGNORECASE):
+        return None
+    if re.search("closed by peer|reset by peer|broken pipe|remote process", text, re.IGNORECASE):
+        return RunError(
+            "another process of this run ended unexpectedly; the same command with "
+            "--init_from=auto goes on from the last checkpoint"
+        )
+    return RunError(f"the processes cannot exchange data: {text}")
 
 
 def _is_first_to_fail() -> bool:
@@ -128,6 +141,15 @@ def largest(number: int) -> int:
     tensor = torch.tensor(number)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor)
+
+
+def tell(value: dict) -> dict:
+    """The main process's value, of plain types; before `connect`."""
+    if size() == 1:
+        return value
+    if is_main():
+        _store.set("told", json.dumps(value))
+    return json.loads(_store.get("told"))
 
 
 def share(value):
@@ -206,7 +228,8 @@ def shard(model: GPT, device: torch.device, compile_mode: str | None) -> None:
         if compile_mode is not None:
             block.compile(mode=compile_mode)
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    # Not to be kept whole after a forward pass: weights are exchanged for their average between.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def average_gradients(forward: torch.nn.Module, now: bool) -> None:

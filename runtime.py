@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -164,10 +165,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most that tensors took on a CUDA device; elsewhere, that the whole process took."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage also counts what the parent had when it started this process
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     import resource  # not there on Windows
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on a Mac
 
 
 def describe(device: torch.device) -> str:
@@ -190,7 +193,5 @@ def out_of_memory_advice(advice: str):
 
 
 def refuse_several_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "training on several processes is not possible yet: run it without torchrun"
-        )
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("this measures one process: run it without torchrun")

@@ -124,7 +124,7 @@ def _assign(values, types_of, name, value, source, problems, is_text=False):
         if parsed is not _UNREADABLE:
             values[name] = parsed
             return
-    problems.append(f"{source}{name}: expected {_type_name(types_of[name])}, got {value!r}")
+    problems.append(f"{source}{name}: expected {_type_name(types_of[name])}, got {_shown(value)}")
 
 
 def _alternatives(annotation) -> list:
@@ -147,12 +147,21 @@ def _from_text(kind, text: str):
         return _UNREADABLE
 
 
+def _shown(value) -> str:
+    try:
+        return repr(value)[:100]
+    except ValueError:  # a number of thousands of digits
+        return "a number that is too long"
+
+
 def _from_python(kind, value):
     if typing.get_origin(kind) is typing.Literal:
         return value if value in typing.get_args(kind) else _UNREADABLE
     if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        return _UNREADABLE
+    if kind is int and abs(value) >= 2**63:
         return _UNREADABLE
     return value
 

@@ -36,8 +36,11 @@ class Progress:
 
 def weights(trainer: Trainer) -> dict:
     """What sampling needs."""
+    model = _gathered(trainer.model.state_dict())
+    if trainer.model_config.tied_head:  # gathered twice, saved once
+        model["lm_head.weight"] = model["transformer.wte.weight"]
     return {
-        "model": _gathered(trainer.model.state_dict()),
+        "model": model,
         "model_config": dataclasses.asdict(trainer.model_config),
         "config": dataclasses.asdict(trainer.config),
         "tokenizer": trainer.meta.tokenizer,
@@ -118,7 +121,7 @@ def _progress(saved: dict) -> Progress:
         if type(getattr(progress, name)) is not type(value):
             raise ValueError(f"progress.{name} has another type")
     counts = [progress.step, progress.tokens, progress.stale_evaluations, *progress.skipped_steps]
-    is_possible = all(type(count) is int and count >= 0 for count in counts)
+    is_possible = all(type(count) is int and 0 <= count < 2**62 for count in counts)
     if not is_possible or progress.step != saved["step"] or not math.isfinite(progress.seconds):
         raise ValueError(f"its progress is not possible: {progress}")
     return progress

@@ -11,12 +11,15 @@ import contextlib
 import dataclasses
 import os
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import settings
 from errors import run_script
 from files import locked, run_folder
 from settings import DType, option
+
+if TYPE_CHECKING:
+    from trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +112,7 @@ class TrainConfig:
 
 
 def main(argv: list[str]) -> int:
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         return run(argv)
     import parallel
 
@@ -124,43 +127,45 @@ def run(argv: list[str]) -> int:
     import parallel
     import runtime
 
-    parallel.connect(runtime.pick_device(config.device), config.backend)
     with contextlib.ExitStack() as stack:
-        saved = None
-        if parallel.is_main():
-            if not config.eval_only:
-                stack.enter_context(locked(folder))
-            saved = load_saved(folder, config.init_from)
-        return train(argv, config, parallel.share(saved))
+        if parallel.is_main() and not config.eval_only:
+            stack.enter_context(locked(folder))
+        with runtime.out_of_memory_advice("lower n_embd or n_layer"):
+            trainer = make_trainer(argv, config, folder)
+        advice = (
+            f"halve batch_size={trainer.config.batch_size} and double "
+            "gradient_accumulation_steps, which trains the same, or lower block_size, n_embd or "
+            "n_layer"
+        )
+        with runtime.out_of_memory_advice(advice):
+            return trainer.run()
 
 
-def load_saved(folder: Path, init_from: str) -> dict | None:
+def make_trainer(argv: list[str], config: TrainConfig, folder: Path) -> Trainer:
+    """A new run, or one that goes on; on several processes, with the first one's options."""
+    import parallel
+    import runtime
+    from trainer import Trainer
+
+    saved = load_saved(folder, config) if parallel.is_main() else None
+    if saved is not None:
+        # What the command line does not say is as the run had it.
+        base = saved["config"] | {"out_dir": config.out_dir}  # the folder may have been moved
+        config = settings.load(TrainConfig, argv, usage=__doc__, base=base)
+    config = TrainConfig(**parallel.tell(dataclasses.asdict(config)))
+    parallel.connect(runtime.pick_device(config.device), config.backend)
+    return Trainer(config, parallel.share(saved))
+
+
+def load_saved(folder: Path, config: TrainConfig) -> dict | None:
     """The checkpoint to continue from, None to start from scratch."""
     import checkpoint
 
     path, previous = folder / "ckpt.pt", folder / "ckpt.previous.pt"
     is_there = path.exists() or previous.exists()
-    if init_from == "resume" or (init_from == "auto" and is_there):
-        return checkpoint.load_latest(path, previous)
+    if config.init_from == "resume" or (config.init_from == "auto" and is_there):
+        return checkpoint.load_latest(path, previous, may_move=not config.eval_only)
     return None
-
-
-def train(argv: list[str], config: TrainConfig, saved: dict | None) -> int:
-    import runtime
-    from trainer import Trainer
-
-    if saved is not None:
-        # What the command line does not say is as the run had it.
-        base = saved["config"] | {"out_dir": config.out_dir}  # the folder may have been moved
-        config = settings.load(TrainConfig, argv, usage=__doc__, base=base)
-    advice = (
-        f"halve batch_size={config.batch_size} and double gradient_accumulation_steps, which "
-        "trains the same, or lower block_size, n_embd or n_layer"
-    )
-    with runtime.out_of_memory_advice(advice):
-        trainer = Trainer(config, saved)
-        del saved  # as large as the model and its optimizer
-        return trainer.run()
 
 
 if __name__ == "__main__":

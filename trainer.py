@@ -8,6 +8,7 @@ import math
 import shlex
 import signal
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,7 +35,8 @@ class Trainer:
     """One run of a `TrainConfig`, from scratch or from where a checkpoint stopped."""
 
     def __init__(self, config: TrainConfig, saved: dict | None = None):
-        self.config, self.is_resumed = config, saved is not None
+        self.config = config
+        self.is_resumed = self.has_saved = saved is not None
         self.out_dir = run_folder(config.out_dir)
         self.device = runtime.pick_device(config.device)
         self.dtype = runtime.pick_dtype(config.dtype, self.device)
@@ -94,8 +96,10 @@ class Trainer:
         That layout decides in which order they are summed over three or more processes: the first
         step of a resumed run would else differ in its last bits from the same step of another.
         """
-        _, loss = self.forward(*self._micro_batches(0)[0])
-        loss.backward()
+        idx, targets = self._micro_batches(0)[0]
+        with runtime.autocast(self.device, self.dtype):
+            _, loss_sum = self.forward(idx, targets, reduction="sum")
+        loss_sum.backward()
         self.model.zero_grad()
 
     def _check_processes(self) -> None:
@@ -128,7 +132,11 @@ class Trainer:
 
     def _open_dataset(self) -> tuple[dataset.Meta, dataset.Split, dataset.Split]:
         folder = dataset_folder(self.config.dataset)
-        meta, *splits = dataset.read(folder, verify=parallel.is_first_here())
+        if parallel.is_first_here():
+            meta, *splits = dataset.read(folder)
+        parallel.largest(0)  # the first may have to finish what a killed prepare.py left
+        if not parallel.is_first_here():
+            meta, *splits = dataset.read(folder, verify=False)
         if parallel.share(meta) != meta:
             raise InputError(f"{folder} is not the same on all machines; prepare it from one text")
         tokenizer = tokenizers.from_json(meta.tokenizer, str(folder / "meta.json"))
@@ -366,7 +374,7 @@ class Trainer:
         record |= {"tokens": progress.tokens, "seconds": round(progress.seconds, 3)}
         self.report.evaluation(record, is_best)
         if is_best or config.always_save_checkpoint or self._is_last():
-            self._save("ckpt.pt", snapshot.everything(self), previous="ckpt.previous.pt")
+            self._save_everything()
         self.pace.restart(progress.step)
 
     def _log(self, loss, norm) -> None:
@@ -391,11 +399,14 @@ class Trainer:
     def _save_and_stop(self, signal_number: int) -> int:
         self.settle_bad_steps()
         self.progress.seconds = time.perf_counter() - self.started
-        self._save("ckpt.pt", snapshot.everything(self), previous="ckpt.previous.pt")
+        self._save_everything()
+        command = "python" if parallel.size() == 1 else "torchrun ..."
         self._say(
             f"{signal.Signals(signal_number).name}: saved after step {self.progress.step}; go on "
-            f"with: python train.py --out_dir={shlex.quote(self.config.out_dir)} --init_from=resume"
+            f"with: {command} train.py --out_dir={shlex.quote(self.config.out_dir)} "
+            "--init_from=resume"
         )
+        parallel.largest(0)  # all wait for the save, deaf to further signals
         return 128 + signal_number
 
     def _announce(self) -> None:
@@ -410,11 +421,18 @@ class Trainer:
         if self.is_resumed:
             self._say(f"resuming after step {self.progress.step} of {config.max_iters}")
 
-    def _save(self, name: str, contents: dict, previous: str | None = None) -> None:
+    def _save_everything(self) -> None:
+        """Keeps the checkpoint before, but never that of another run in the folder."""
+        previous = self.out_dir / "ckpt.previous.pt"
+        self._save("ckpt.pt", snapshot.everything(self), previous if self.has_saved else None)
+        if parallel.is_main() and not self.has_saved:
+            previous.unlink(missing_ok=True)
+        self.has_saved = True
+
+    def _save(self, name: str, contents: dict, previous: Path | None = None) -> None:
         if parallel.is_main():
             self.report.sync()  # no checkpoint is newer on the disk than the lines that led to it
-            keep = self.out_dir / previous if previous else None
-            checkpoint.save(self.out_dir / name, contents, keep)
+            checkpoint.save(self.out_dir / name, contents, previous)
 
     def _say(self, text: str) -> None:
         if parallel.is_main():

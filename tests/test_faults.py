@@ -320,6 +320,26 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tiny, call):
     assert code == 2 and is_one_error_line(err), "both lost: no silent start from scratch"
 
 
+def test_only_damage_leads_to_the_one_before_and_only_a_run_moves_it(tiny, call):
+    call("train", *TINY)
+    newer = checkpoint.load(Path("out/ckpt.pt")) | {"quill_checkpoint": 99}
+    checkpoint.save(Path("out/ckpt.pt"), newer)
+    code, _, err = call("train", "--init_from=resume")
+    assert code == 2 and "schema version" in err and Path("out/ckpt.pt").exists()
+    Path("out/ckpt.pt").write_bytes(b"")
+    code, out, err = call("train", "--init_from=resume", "--eval_only=true")
+    assert code == 0 and "going on from out/ckpt.previous.pt" in err and "step 3" in out
+    assert Path("out/ckpt.pt").exists()
+
+
+def test_a_run_never_goes_on_from_another_ones_checkpoint(tiny, call):
+    call("train", *TINY)
+    call("train", *TINY, "--seed=9", "--max_iters=0")
+    Path("out/ckpt.pt").write_bytes(b"")
+    code, _, err = call("train", *TINY, "--init_from=resume")
+    assert code == 2 and is_one_error_line(err) and "is damaged" in err
+
+
 def test_a_checkpoint_that_reads_back_differently_is_not_kept(tiny, call, monkeypatch):
     call("train", *TINY)
     before = Path("out/ckpt.pt").read_bytes()

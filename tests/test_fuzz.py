@@ -383,6 +383,8 @@ def pickled_tensor(n_stored: int, n_claimed: int) -> bytes:
         (pickled_tensor(10**7, 10**7), bytes(80), zipfile.ZIP_STORED),
         (pickled_tensor(5 * 10**7, 5 * 10**7), bytes(4 * 10**8), zipfile.ZIP_DEFLATED),
         (b"\x80\x02" + b"]" * 10**6 + b".", bytes(80), zipfile.ZIP_STORED),
+        (b"\x80\x02](" + b"N" * 10**7 + b"e.", bytes(80), zipfile.ZIP_STORED),
+        (b"\x80\x02](" + b"N" * 2 * 10**7 + b"e.", bytes(80), zipfile.ZIP_STORED),
         (b"\x80\x04\x8d" + struct.pack("<Q", 10**15) + b".", bytes(80), zipfile.ZIP_STORED),
         (b"\x80\x02X" + struct.pack("<I", 4 * 10**9) + b".", bytes(80), zipfile.ZIP_STORED),
         (b"\x80\x02r" + struct.pack("<I", 4 * 10**9) + b".", bytes(80), zipfile.ZIP_STORED),
@@ -396,7 +398,7 @@ def test_a_small_file_that_claims_much_is_refused(folder, pickled, record, compr
     peak = peak_megabytes()
     with pytest.raises(errors.InputError, match=r"x\.pt"):
         checkpoint.load(folder / "x.pt")
-    assert peak_megabytes() - peak < 100
+    assert peak_megabytes() - peak < 200
 
 
 @pytest.mark.parametrize("damage", ["no table of contents", "overlapping parts"])

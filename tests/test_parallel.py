@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from conftest import REPO, TINY
 from test_faults import same_run
 
@@ -29,21 +31,20 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def processes(n: int, *argv: str, program: list | None = None) -> list[str]:
-    """Run train.py on n processes, without torchrun's own second of start-up; -> what each said."""
+def processes(n: int, *argv: str, program: list | None = None, pause=0, **more) -> list[str]:
+    """Run train.py on n processes, without torchrun's own second of start-up; -> what each said.
+
+    pause: seconds between their starts; more: environment variables.
+    """
     line = [sys.executable, *(program or [REPO / "train.py"]), *argv]
     common = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    runs = [
-        subprocess.Popen(
-            line,
-            env=os.environ | common | {"RANK": str(i), "LOCAL_RANK": str(i)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(n)
-    ]
+    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)} | more
+    runs = []
+    for i in range(n):
+        environment = os.environ | common | {"RANK": str(i), "LOCAL_RANK": str(i)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        runs.append(subprocess.Popen(line, env=environment, **pipes))
+        time.sleep(pause)
     said = [run.communicate(timeout=120) for run in runs]
     assert [run.returncode for run in runs] == [0] * n, said
     assert all(err == "" for _, err in said), said
@@ -119,6 +120,16 @@ def test_checkpoints_of_fsdp_and_of_one_process_are_the_same(tiny, call):
     assert_nearly_equal("whole", "parts")
 
 
+def test_evaluating_an_average_of_shards_does_not_touch_the_training(tiny):
+    """Where nothing is saved, which would put the shards in order by itself."""
+    flags = [*SAME, "--parallel=fsdp", "--average_decay=0.5", "--always_save_checkpoint=false"]
+    flags += ["--learning_rate=0.3", "--decay_lr=false", "--max_iters=8"]
+    processes(2, *flags, "--eval_interval=1", "--out_dir=often")
+    processes(2, *flags, "--eval_interval=100", "--out_dir=rarely")
+    often, rarely = (checkpoint.load(Path(d, "ckpt.pt"))["model"] for d in ("often", "rarely"))
+    assert all(torch.equal(often[name], rarely[name]) for name in often)
+
+
 def test_gradients_are_exchanged_once_a_step(tiny):
     probe = """
 import sys, torch, settings, parallel, runtime
@@ -186,6 +197,17 @@ def test_a_process_that_vanishes_is_told_once(tiny):
     assert len(errors) <= 1 and "trainer.py" not in said, said  # torchrun may be the quicker
 
 
+def test_torchruns_variables_without_torchrun(tiny, call, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = call("train", *TINY)
+    assert code == 2 and err.count("error: ") == 1 and "start it with torchrun" in err
+
+
+def test_a_rank_alone_means_nothing(tiny, call, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert call("train", *TINY)[0] == 0 and Path("out/ckpt.pt").exists()
+
+
 # ---- restarts ----------------------------------------------------------------------------------
 
 
@@ -212,6 +234,15 @@ def test_a_killed_process_is_restarted_and_nothing_is_lost(tiny, n, n_kills):
     assert 1 <= said.count("resuming after step") <= n_kills, "some are killed while starting"
     same_run("whole", "parts")
     print(f"\n{n} processes, {n_kills} of them killed: the weights are those of the run left alone")
+
+
+def test_processes_do_not_take_the_addresses_of_those_before_them(tiny):
+    """torchrun keeps its store when it restarts them; the second of the new ones comes late."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for pause in (0, 1):
+        said = processes(2, *SAME, pause=pause, **place)
+        assert "done after step 6" in said[0]
 
 
 def test_two_machines_work_as_one(tiny):

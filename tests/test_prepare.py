@@ -144,6 +144,9 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             return self.end_headers()
         self.send_response(200)
+        if self.path == "/endless":
+            self.end_headers()
+            return self.go_on_and_on()
         promised = {"/more": len(self.body) + 7, "/less": 5, "/long": 14_000}
         self.send_header("Content-Length", str(promised.get(self.path, len(self.body))))
         self.end_headers()
@@ -161,6 +164,11 @@ class Server(http.server.BaseHTTPRequestHandler):
             with contextlib.suppress(OSError):  # the client may have left
                 self.wfile.write(bytes([byte]))
                 self.wfile.flush()
+
+    def go_on_and_on(self):
+        with contextlib.suppress(OSError):
+            while not self.server.is_over.is_set():
+                self.wfile.write(bytes(1 << 16))
 
     def log_message(self, *args):
         pass
@@ -197,6 +205,14 @@ def test_download_takes_the_second_address_when_the_first_is_bad(folder, server,
 def test_download_tries_again(folder, server):
     fetch(server, "/flaky")
     assert Path("got.txt").read_bytes() == Server.body and Server.hits == {"/flaky": 3}
+
+
+def test_download_reads_a_byte_too_much_at_most(folder, server, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(prepare, "show_progress", lambda what, done, total: sizes.append(done))
+    with pytest.raises(RunError):
+        fetch(server, "/endless")
+    assert max(sizes) == len(Server.body) + 1
 
 
 def test_download_follows_a_redirect(folder, server):

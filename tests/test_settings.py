@@ -102,6 +102,9 @@ def test_later_files_win_and_flags_win_over_files(folder):
         ("\nsteps = nothing\n", "bad.py, line 2: NameError"),
         ("import sys\nsys.exit()\n", "bad.py, line 2: SystemExit"),
         (f"rate = {10**400}\n", "expected a number"),
+        ("steps = 2 ** 63\n", "expected a whole number"),
+        ("steps = -10 ** 5000\n", "got a number that is too long"),
+        ("name = 10 ** 5000\n", "got a number that is too long"),
     ],
 )
 def test_bad_files(folder, source, complaint):
@@ -150,7 +153,7 @@ def test_any_command_line_is_accepted_or_refused_in_one_way(argv):
 words = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"))
 
 
-@given(st.floats(0, 1), st.integers(1), words, st.booleans())
+@given(st.floats(0, 1), st.integers(1, 2**63 - 1), words, st.booleans())
 def test_values_survive_the_command_line(rate, steps, name, fast):
     argv = [f"--rate={rate!r}", f"--steps={steps}", f"--name={name}", f"--fast={fast}"]
     assert load(*argv) == Options(rate=rate, steps=steps, name=name, fast=fast)
