@@ -84,7 +84,13 @@ print(runtime.peak_memory_bytes(trainer.device) / 1e6)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts the process's memory as Linux does")
-@pytest.mark.parametrize("flags", [["--mlp=swiglu"], ["--dropout=0.2", "--position=rotary"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--mlp=swiglu", "--dropout=0.2", "--position=rotary"],
+        pytest.param([], marks=pytest.mark.slow),
+    ],
+)
 def test_a_plan_is_close_to_what_training_takes(tiny, call, flags):
     flags = [*TINY, "--n_embd=128", "--n_layer=4", "--gradient_accumulation_steps=1", *flags]
     # Every larger tensor is given back when it is freed, so that the process's peak is theirs.

@@ -94,12 +94,12 @@ BUSY += ["--optimizer=muon", "--average_decay=0.9"]
 
 
 @counts(3, 140)
-def test_killed_at_random_moments_and_resumed(tiny, n_faults):
+def test_killed_at_random_moments_and_resumed(tiny, call, n_faults):
     """A third while starting or resuming, a third in the loop, a third inside a write."""
     rng = random.Random(1)
     flags = [*BUSY, "--n_embd=96", f"--max_iters={8 * n_faults}", "--lr_decay_iters=2000"]
     flags += ["--init_from=auto"]
-    assert command("train", *flags, "--out_dir=whole", timeout=600).returncode == 0
+    assert call("train", *flags, "--out_dir=whole")[0] == 0
     where = dict.fromkeys(("starting", "in the loop", "inside a write"), 0)
     for fault in range(n_faults):
         had_state = Path("parts").exists() and is_whole("parts")
@@ -119,8 +119,8 @@ def test_killed_at_random_moments_and_resumed(tiny, n_faults):
         assert err == "", err
         where["inside a write" if is_writing("parts") else moment] += 1
         assert is_whole("parts") or not had_state
-    done = command("train", *flags, "--out_dir=parts", timeout=600)
-    assert (done.returncode, done.stderr) == (0, "")
+    code, _, err = call("train", *flags, "--out_dir=parts")
+    assert (code, err) == (0, "")
     same_run("whole", "parts")
     print(f"\n{n_faults} kills of training: {where}")
 
@@ -158,10 +158,10 @@ def test_prepare_killed_at_random_moments(folder, n_faults, text):
 
 
 @counts(3, 100)
-def test_signals_at_random_moments(tiny, n_faults):
+def test_signals_at_random_moments(tiny, call, n_faults):
     rng = random.Random(3)
     flags = [*BUSY, f"--max_iters={60 * n_faults}", "--eval_interval=8", "--init_from=auto"]
-    assert command("train", *flags, "--out_dir=whole", timeout=600).returncode == 0
+    assert call("train", *flags, "--out_dir=whole")[0] == 0
     saved = 0
     for fault in range(n_faults):
         number = [signal.SIGINT, signal.SIGTERM][fault % 2]
@@ -175,8 +175,8 @@ def test_signals_at_random_moments(tiny, n_faults):
         out, err = run.communicate()
         assert "Traceback" not in err and run.returncode in (128 + number, -number), err
         saved += "--init_from=resume" in out
-    done = command("train", *flags, "--out_dir=parts", timeout=600)
-    assert (done.returncode, done.stderr) == (0, "")
+    code, _, err = call("train", *flags, "--out_dir=parts")
+    assert (code, err) == (0, "")
     same_run("whole", "parts")
     assert saved >= 2 * n_faults // 3
     print(f"\n{n_faults} signals: {saved} in the loop, saved; the others while starting")
@@ -207,18 +207,16 @@ def fill(path: str, leave_kilobytes: int) -> Path:
 
 
 @counts(1, 40)
-def test_a_full_disk_stops_a_run_and_loses_nothing(tiny, n_faults):
+def test_a_full_disk_stops_a_run_and_loses_nothing(tiny, call, n_faults):
     rng = random.Random(4)
     flags = [*TINY, "--n_embd=64", "--eval_interval=2", "--log_interval=1", "--max_iters=40"]
     flags += ["--lr_decay_iters=40"]
-    assert command("train", *flags, "--out_dir=whole").returncode == 0
+    assert call("train", *flags, "--out_dir=whole")[0] == 0
     endings = dict.fromkeys(("metrics.jsonl", "best.pt", "ckpt.pt", "enough room"), 0)
     with small_disk("disk", 8192):
         for fault in range(n_faults):
             shutil.rmtree("disk/parts", ignore_errors=True)
-            assert (
-                command("train", *flags, "--out_dir=disk/parts", "--max_iters=10").returncode == 0
-            )
+            assert call("train", *flags, "--out_dir=disk/parts", "--max_iters=10")[0] == 0
             before = checkpoint.load(Path("disk/parts/ckpt.pt"))["step"]
             filler = fill("disk", 0 if fault % 4 == 0 else rng.randrange(4, 1600))
             more = ["--init_from=resume", "--max_iters=40", "--out_dir=disk/parts"]
@@ -232,7 +230,7 @@ def test_a_full_disk_stops_a_run_and_loses_nothing(tiny, n_faults):
             assert is_whole("disk/parts") and not is_writing("disk/parts")
             assert checkpoint.load(Path("disk/parts/ckpt.pt"))["step"] >= before
             filler.unlink()
-            assert command("train", *flags, *more).returncode == 0
+            assert call("train", *flags, *more)[0] == 0
             same_run("whole", "disk/parts")
     assert endings["enough room"] < n_faults
     print(f"\n{n_faults} full disks in training, found by {endings}")
@@ -257,14 +255,14 @@ def test_a_full_disk_stops_prepare_and_keeps_the_dataset(folder, n_faults, text)
     print(f"\n{n_faults} full disks in prepare: the old dataset stays, one line")
 
 
-def test_a_read_only_out_dir(tiny):
+def test_a_read_only_out_dir(tiny, call):
     with small_disk("disk", 8192):
-        assert command("train", *TINY, "--out_dir=disk/out", "--max_iters=3").returncode == 0
+        assert call("train", *TINY, "--out_dir=disk/out", "--max_iters=3")[0] == 0
         subprocess.run(["mount", "-o", "remount,ro", "disk"], check=True)
         for argv in (["--out_dir=disk/out", "--init_from=resume"], ["--out_dir=disk/new"]):
-            done = command("train", *TINY, *argv)
-            assert done.returncode == 1 and is_one_error_line(done.stderr)
-            assert "Read-only file system; choose a folder that can be written" in done.stderr
+            code, _, err = call("train", *TINY, *argv)
+            assert code == 1 and is_one_error_line(err)
+            assert "Read-only file system; choose a folder that can be written" in err
         assert is_whole("disk/out")
 
 

@@ -175,7 +175,7 @@ def test_a_failure_on_any_process_is_one_line(tiny, argv, complaint):
     assert "trainer.py" not in said, "no traceback of ours among torchrun's report"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=slow)])
 def test_a_signal_to_one_process_stops_and_saves_all(tiny, rank):
     flags = [*SAME, "--max_iters=100000", "--eval_interval=100000"]
     run = torchrun("--standalone", "--nproc_per_node=2", REPO / "train.py", *flags)
@@ -187,6 +187,7 @@ def test_a_signal_to_one_process_stops_and_saves_all(tiny, rank):
     assert f"saved after step {step};" in said
 
 
+@slow
 def test_a_process_that_vanishes_is_told_once(tiny):
     flags = [*SAME, "--max_iters=100000", "--eval_interval=100000"]
     run = torchrun("--standalone", "--nproc_per_node=2", REPO / "train.py", *flags)
@@ -245,6 +246,7 @@ def test_processes_do_not_take_the_addresses_of_those_before_them(tiny):
         assert "done after step 6" in said[0]
 
 
+@slow
 def test_two_machines_work_as_one(tiny):
     """Two agents that meet at one address, one process each."""
     processes(2, *SAME, "--out_dir=whole")
