@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
@@ -19,10 +20,19 @@ class RunError(Exception):
 
 def run_script(main) -> None:
     """Run `main(argv) -> exit code` as a command; what may fail fails with one line."""
+    interrupts = []
+
+    def interrupt(number, frame):
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as raised:
+        # Some libraries make another error of an interrupt while they are being imported.
+        error = KeyboardInterrupt() if interrupts else raised
         failure = expected_failure(error)
         if failure is None:
             raise

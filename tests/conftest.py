@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,7 @@ def call(capsys):
                 errors.run_script(module.main)
         finally:
             sys.argv = old
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         out, err = capsys.readouterr()
         return stop.value.code, out, err
 
