@@ -20,19 +20,11 @@ class RunError(Exception):
 
 def run_script(main) -> None:
     """Run `main(argv) -> exit code` as a command; what may fail fails with one line."""
-    interrupts = []
-
-    def interrupt(number, frame):
-        interrupts.append(number)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
-    except (Exception, KeyboardInterrupt) as raised:
-        # Some libraries make another error of an interrupt while they are being imported.
-        error = KeyboardInterrupt() if interrupts else raised
+    except (Exception, KeyboardInterrupt) as error:
         failure = expected_failure(error)
         if failure is None:
             raise
@@ -41,6 +33,16 @@ def run_script(main) -> None:
         message, code = failure
         complain(message)
     sys.exit(code)
+
+
+def _interrupt(number, frame) -> None:
+    """Ctrl-C as ever, but for an import: its callbacks and libraries make something else of it."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            complain("interrupted")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def expected_failure(error: BaseException) -> tuple[str, int] | None:
