@@ -19,7 +19,7 @@ def staged(*paths: Path, keep: Path | None = None):
     """Yield one writable binary file for each path.
 
     They are written under `<name>.tmp`, flushed to the disk and, when the block ends well, renamed
-    in the order given. When it ends badly they are removed, and whatever was there before stays.
+    in the order given. When that ends badly they are removed, and whatever was there before stays.
     Of several, the last makes the others valid: it is away while they change, and `finish_staged`
     can do what a kill between two renames left undone. `keep` is a second name, for what one path
     held until now.
@@ -34,12 +34,6 @@ def staged(*paths: Path, keep: Path | None = None):
             handle.flush()
             os.fsync(handle.fileno())
             handle.close()
-        if len(paths) > 1:
-            paths[-1].unlink(missing_ok=True)
-        if keep is not None and paths[0].exists():
-            _give_second_name(paths[0], keep)
-        for tmp, path in zip(temporary, paths, strict=True):
-            tmp.replace(path)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(paths[0] if len(paths) == 1 else paths[0].parent)
@@ -49,6 +43,13 @@ def staged(*paths: Path, keep: Path | None = None):
         for tmp in temporary:
             tmp.unlink(missing_ok=True)
         raise
+    # From here on nothing is removed: an interruption leaves what `finish_staged` needs.
+    if len(paths) > 1:
+        paths[-1].unlink(missing_ok=True)
+    if keep is not None and paths[0].exists():
+        _give_second_name(paths[0], keep)
+    for tmp, path in zip(temporary, paths, strict=True):
+        tmp.replace(path)
     _sync_folder(paths[0].parent)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,24 @@ def test_a_write_killed_between_its_renames_is_finished(folder, n_renamed):
         (folder / "d" / name).rename(folder / "d" / f"{name}.tmp")
     assert dataset.read(folder / "d")[0] == expected
     assert not [*(folder / "d").glob("*.tmp")]
+
+
+@pytest.mark.parametrize("n_renamed", [0, 1, 2])
+def test_a_write_interrupted_between_its_renames_is_finished(folder, monkeypatch, n_renamed):
+    """By Ctrl-C, which Python may act on between any two lines."""
+    written(folder / "d")
+    replace, calls = Path.replace, []
+
+    def interrupted(self, target):
+        if len(calls) == n_renamed:
+            raise KeyboardInterrupt
+        calls.append(target)
+        return replace(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", interrupted)
+        dataset.write(folder / "d", [("train", np.arange(5)), ("val", np.arange(3))], **described())
+    assert dataset.read(folder / "d")[0].train_tokens == 5
 
 
 def test_a_write_killed_before_its_renames_is_not_finished(folder):
