@@ -8,7 +8,6 @@ a zip archive; its comment, at the very end, is the SHA-256 of the rest.
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import struct
 import sys
@@ -18,10 +17,13 @@ from pathlib import Path
 
 import torch
 
+import runtime
 import tokenizer as tokenizers
 from errors import InputError
 from files import sha256_of, staged
 from model import GPT, GPTConfig
+
+LATEST, PREVIOUS, BEST = "ckpt.pt", "ckpt.previous.pt", "best.pt"
 
 SCHEMA_VERSION = 2
 # What values of a kind or shape that nobody expects may raise, here and in PyTorch.
@@ -62,9 +64,9 @@ class DamagedError(InputError):
 def save(path: Path, contents: dict, previous: Path | None = None) -> None:
     """Write to a temporary file, read it back to verify it, then rename it over `path`.
 
-    previous: what `path` is renamed to just before.
+    previous: a second name for what `path` held until now.
     """
-    with staged(path, keep=previous) as (file,):
+    with staged(path, keep=previous, is_whole=_is_whole) as (file,):
         hashed = _Hashed(file)
         try:
             torch.save({"quill_checkpoint": SCHEMA_VERSION, **contents}, hashed)
@@ -74,12 +76,6 @@ def save(path: Path, contents: dict, previous: Path | None = None) -> None:
             raise
         file.seek(-len(_NO_COMMENT), 2)
         file.write(_comment(hashed.digest))
-        file.flush()
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # read it from the disk, not from memory
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if not _is_whole(Path(file.name)):
-            raise OSError(0, "what was read back is not what was written", str(path))
 
 
 def _comment(digest) -> bytes:
@@ -115,10 +111,10 @@ def load(path: Path, *, for_resume: bool = False) -> dict:
         raise InputError(
             f"{path} holds more than tensors and plain types: refused, nothing in it was run"
         ) from None
-    except (InputError, OSError, MemoryError):
+    except (InputError, OSError):
         raise
     except Exception as error:  # its checksum is right: somebody made it so
-        if "allocate memory" in str(error):
+        if runtime.is_out_of_memory(error):
             raise
         raise InputError(f"{path} is not a checkpoint ({type(error).__name__})") from None
     version = contents.get("quill_checkpoint") if isinstance(contents, dict) else None
@@ -132,11 +128,12 @@ def load(path: Path, *, for_resume: bool = False) -> dict:
     return contents
 
 
-def load_latest(path: Path, previous: Path, may_move: bool) -> dict:
-    """The checkpoint to resume from: `path`, or `previous` when that one is lost, saying so.
+def load_latest(out_dir: Path, may_move: bool) -> dict:
+    """The checkpoint to resume from: the last, or the one before when that is lost, saying so.
 
-    may_move: put a damaged `path` aside, so that it does not become the next previous one.
+    may_move: put a damaged one aside, so that it does not become the next previous one.
     """
+    path, previous = out_dir / LATEST, out_dir / PREVIOUS
     try:
         return load(path, for_resume=True)
     except DamagedError as error:
@@ -158,8 +155,9 @@ def _refuse_swelling(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
     is_packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
-    is_packed |= any(part.file_size > _LONGEST_PICKLE for part in parts if "pkl" in part.filename)
-    if is_packed or sum(part.file_size for part in parts) > path.stat().st_size:
+    pickles = [part.file_size for part in parts if "pkl" in part.filename]
+    n_bytes = sum(part.file_size for part in parts)
+    if is_packed or max(pickles, default=0) > _LONGEST_PICKLE or n_bytes > path.stat().st_size:
         raise InputError(f"{path} is not a checkpoint: it claims more than it holds")
 
 
@@ -177,13 +175,12 @@ def _refuse_hollow(contents: dict, path: Path) -> None:
             is_usable = may_be_tensor and _is_stored_whole(value)
         else:
             is_usable = isinstance(value, (dict, list, tuple, str, int, float, type(None)))
-        if not is_usable or depth > _DEEPEST or n_values > _MOST_VALUES:
+        parts = value if isinstance(value, (dict, list, tuple)) else ()
+        n_known = n_values + len(pending) + len(parts)
+        if not is_usable or depth > _DEEPEST or n_known > _MOST_VALUES:
             raise InputError(f"{path} is not a checkpoint: it claims more than it holds")
-        if isinstance(value, (dict, list, tuple)):
-            if len(value) + len(pending) > _MOST_VALUES:
-                raise InputError(f"{path} is not a checkpoint: it claims more than it holds")
-            parts = (*value, *value.values()) if isinstance(value, dict) else value
-            pending += [(part, may_be_tensor, depth + 1) for part in parts]
+        parts = (*value, *value.values()) if isinstance(value, dict) else parts
+        pending += [(part, may_be_tensor, depth + 1) for part in parts]
 
 
 def _is_stored_whole(tensor) -> bool:
@@ -194,8 +191,13 @@ def _is_stored_whole(tensor) -> bool:
 
 def find(out_dir: Path) -> Path:
     """The checkpoint to sample from: best.pt when it is there, else ckpt.pt."""
-    best = out_dir / "best.pt"
-    return best if best.exists() else out_dir / "ckpt.pt"
+    best = out_dir / BEST
+    return best if best.exists() else out_dir / LATEST
+
+
+def can_resume(out_dir: Path) -> bool:
+    """Whether there is anything to resume from, whole or not."""
+    return (out_dir / LATEST).exists() or (out_dir / PREVIOUS).exists()
 
 
 def build_model(contents: dict, path: Path) -> tuple[GPT, tokenizers.Tokenizer]:

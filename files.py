@@ -9,20 +9,23 @@ import re
 import sys
 from pathlib import Path
 
-from errors import InputError
+from errors import InputError, RunError
 
 READ_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
-def staged(*paths: Path, keep: Path | None = None):
+def staged(*paths: Path, keep: Path | None = None, is_whole=None):
     """Yield one writable binary file for each path.
 
     They are written under `<name>.tmp`, flushed to the disk and, when the block ends well, renamed
     in the order given. When that ends badly they are removed, and whatever was there before stays.
     Of several, the last makes the others valid: it is away while they change, and `finish_staged`
-    can do what a kill between two renames left undone. `keep` is a second name, for what one path
-    held until now.
+    can do what a kill between two renames left undone.
+
+    keep: a second name for what one path held until now.
+    is_whole: called with each temporary file, to be read back from the disk where the system can
+    drop it from memory. Raises `RunError` when it returns false.
     """
     temporary = [_temporary(path) for path in paths]
     handles = []
@@ -33,7 +36,12 @@ def staged(*paths: Path, keep: Path | None = None):
         for handle in handles:
             handle.flush()
             os.fsync(handle.fileno())
+            if is_whole is not None and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             handle.close()
+        for tmp, path in zip(temporary, paths, strict=True):
+            if is_whole is not None and not is_whole(tmp):
+                raise RunError(f"{path}: what was read back is not what was written")
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(paths[0] if len(paths) == 1 else paths[0].parent)

@@ -13,13 +13,16 @@ import os
 import re
 import time
 import uuid
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from errors import InputError, RunError, complain, expected_failure
-from model import GPT
+
+if TYPE_CHECKING:
+    from model import GPT
 
 MEETING_SECONDS = 600  # for the processes to find each other
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from errors import InputError, RunError
-from model import GPTConfig, count_parameters
 
 # Dense bf16/fp16 matrix rate in FLOP/s by a word of the device's name, from the vendor's data
 # sheets; the first that matches counts. Any other device has no MFU rather than a wrong one.
@@ -97,15 +96,18 @@ def set_up(device: torch.device, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def refuse_larger_than_memory(config: GPTConfig, device: torch.device) -> None:
-    """Raise InputError for a model that cannot be trained here, before any of it is allocated."""
-    n_parameters = count_parameters(config)
+def refuse_larger_than_memory(n_parameters: int, sizes: str, device: torch.device) -> None:
+    """Raise InputError for a model that cannot be trained here, before any of it is allocated.
+
+    sizes: what made it so large, for the message.
+    """
+    if not hasattr(os, "sysconf"):  # Windows does not tell
+        return
     bytes_each = 16 if device.type == "cpu" else 4  # weight, gradient, two moments; made on the CPU
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if n_parameters * bytes_each > memory_bytes:
         raise InputError(
-            f"n_layer={config.n_layer}, n_embd={config.n_embd} and a vocabulary of "
-            f"{config.vocab_size:,} make {n_parameters:,} parameters, which take "
+            f"{sizes} make {n_parameters:,} parameters, which take "
             f"{n_parameters * bytes_each / 1e9:,.0f} GB; this machine has "
             f"{memory_bytes / 1e9:,.0f} GB of memory"
         )
@@ -179,15 +181,19 @@ def describe(device: torch.device) -> str:
     return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Not every allocator has an exception type of its own."""
+    says_so = re.search("allocate memory|out of memory|ALLOC_FAILED", str(error))
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(says_so)
+
+
 @contextlib.contextmanager
 def out_of_memory_advice(advice: str):
     """Turn running out of memory in the block into a RunError that says what to do."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # Not every allocator has an exception type of its own.
-        says_so = re.search("allocate memory|out of memory|ALLOC_FAILED", str(error))
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not says_so:
+        if not is_out_of_memory(error):
             raise
         raise RunError(f"out of memory: {advice}") from None
 

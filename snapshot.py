@@ -36,9 +36,10 @@ class Progress:
 
 def weights(trainer: Trainer) -> dict:
     """What sampling needs."""
-    model = _gathered(trainer.model.state_dict())
-    if trainer.model_config.tied_head:  # gathered twice, saved once
-        model["lm_head.weight"] = model["transformer.wte.weight"]
+    model = trainer.model.state_dict()
+    tied = {"lm_head.weight"} if trainer.model_config.tied_head else set()
+    model = _gathered({name: p for name, p in model.items() if name not in tied})
+    model |= {name: model["transformer.wte.weight"] for name in tied}
     return {
         "model": model,
         "model_config": dataclasses.asdict(trainer.model_config),

@@ -125,7 +125,7 @@ class BPETokenizer:
                 "once, or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has it, or use "
                 "--tokenizer=byte, which needs no download"
             ) from None
-        n_ordinary = len(gpt2.token_byte_values())
+        n_ordinary = gpt2.n_vocab - len(gpt2.special_tokens_set)
         ordinary = [gpt2.decode_single_token_bytes(i) for i in range(n_ordinary)]
         return cls(ordinary, sorted(gpt2.special_tokens_set))
 

@@ -161,10 +161,9 @@ def load_saved(folder: Path, config: TrainConfig) -> dict | None:
     """The checkpoint to continue from, None to start from scratch."""
     import checkpoint
 
-    path, previous = folder / "ckpt.pt", folder / "ckpt.previous.pt"
-    is_there = path.exists() or previous.exists()
-    if config.init_from == "resume" or (config.init_from == "auto" and is_there):
-        return checkpoint.load_latest(path, previous, may_move=not config.eval_only)
+    goes_on = config.init_from == "auto" and checkpoint.can_resume(folder)
+    if config.init_from == "resume" or goes_on:
+        return checkpoint.load_latest(folder, may_move=not config.eval_only)
     return None
 
 

@@ -22,7 +22,7 @@ import snapshot
 import tokenizer as tokenizers
 from errors import EXIT_DONE, InputError, RunError
 from files import dataset_folder, run_folder
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, count_parameters
 from optim import learning_rate_at, make_optimizers, set_learning_rate
 from report import Pace, Report, Silence, loss_line
 from snapshot import Progress
@@ -75,8 +75,11 @@ class Trainer:
 
     def _build_model(self) -> None:
         """self.model, and self.forward, which trains it: compiled, and on all processes."""
-        runtime.refuse_larger_than_memory(self.model_config, self.device)
-        self.model = GPT(self.model_config)
+        config = self.model_config
+        sizes = f"n_layer={config.n_layer}, n_embd={config.n_embd} and a vocabulary of "
+        sizes += f"{config.vocab_size:,}"
+        runtime.refuse_larger_than_memory(count_parameters(config), sizes, self.device)
+        self.model = GPT(config)
         if self.shards:
             mode = self.config.compile_mode if self.compiles else None
             parallel.shard(self.model, self.device, mode)
@@ -366,7 +369,7 @@ class Trainer:
             is_best = record["val_loss"] < progress.best_val_loss
             progress.best_val_loss = min(record["val_loss"], progress.best_val_loss)
             if is_best:
-                self._save("best.pt", snapshot.weights(self))
+                self._save(checkpoint.BEST, snapshot.weights(self))
         progress.stale_evaluations = 0 if is_best else progress.stale_evaluations + 1
         progress.evaluated_step = progress.step
         progress.seconds = time.perf_counter() - self.started
@@ -423,8 +426,10 @@ class Trainer:
 
     def _save_everything(self) -> None:
         """Keeps the checkpoint before, but never that of another run in the folder."""
-        previous = self.out_dir / "ckpt.previous.pt"
-        self._save("ckpt.pt", snapshot.everything(self), previous if self.has_saved else None)
+        previous = self.out_dir / checkpoint.PREVIOUS
+        self._save(
+            checkpoint.LATEST, snapshot.everything(self), previous if self.has_saved else None
+        )
         if parallel.is_main() and not self.has_saved:
             previous.unlink(missing_ok=True)
         self.has_saved = True

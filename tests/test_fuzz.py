@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import os
 import pickle
 import resource
 import runpy
 import struct
-import sys
 import typing
 import zipfile
 from pathlib import Path
@@ -50,23 +47,8 @@ def fuzz(n: int, **strategies):
     return run
 
 
-def run_main(module, argv: list[str]) -> tuple[int, str]:
-    """-> (exit code, stderr) of the command in this process; a traceback fails the test."""
-    err, old = io.StringIO(), sys.argv
-    sys.argv = [module.__name__, *argv]
-    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            errors.run_script(module.main)
-    except SystemExit as stop:
-        return int(stop.code or 0), err.getvalue()
-    finally:
-        sys.argv = old
-    raise AssertionError("did not exit")
-
-
-def assert_works_or_refuses(module, argv: list[str]) -> int:
-    code, err = run_main(module, argv)
+def assert_works_or_refuses(call, script: str, argv: list[str]) -> int:
+    code, _, err = call(script, *argv)
     if code == 1:  # the input was good and led to numbers that are not
         assert is_one_error_line(err) and ("not finite" in err or "out of memory" in err), err
     elif code == 2:
@@ -100,10 +82,10 @@ WORDS += [
 ]
 WORDS += ["auto", "cpu", "cuda", "cuda:-1", "cpu:0", "mps", "meta", "char", "byte", "a.json"]
 SCRIPTS = {
-    train: (train.TrainConfig, [*TINY, "--max_iters=2", "--eval_interval=1"]),
-    sample: (sample.SampleConfig, ["--out_dir=made", "--num_samples=2", "--max_new_tokens=5"]),
-    prepare: (prepare.PrepareConfig, ["mine", "--input=text.txt"]),
-    plot: (plot.PlotConfig, ["--out_dir=made"]),
+    "train": (train.TrainConfig, [*TINY, "--max_iters=2", "--eval_interval=1"]),
+    "sample": (sample.SampleConfig, ["--out_dir=made", "--num_samples=2", "--max_new_tokens=5"]),
+    "prepare": (prepare.PrepareConfig, ["mine", "--input=text.txt"]),
+    "plot": (plot.PlotConfig, ["--out_dir=made"]),
 }
 
 
@@ -142,12 +124,12 @@ def made(tiny, call):
 
 
 @examples(120, 4000)
-def test_any_command_line(made, n):
+def test_any_command_line(made, call, n):
     codes = []
 
     @fuzz(n, line=command_lines())
     def run(line):
-        codes.append(assert_works_or_refuses(*line))
+        codes.append(assert_works_or_refuses(call, *line))
 
     assert codes.count(0) > len(codes) / 20 and codes.count(2) > len(codes) / 20
     print(f"\n{len(codes):,} command lines: {codes.count(0):,} ran, {codes.count(2):,} refused")
@@ -161,7 +143,7 @@ values = st.recursive(
 
 
 @examples(60, 2000)
-def test_any_config_file(made, n):
+def test_any_config_file(made, call, n):
     names = [name for name in train.TrainConfig.__dataclass_fields__ if name not in UNTOUCHED]
     lines = st.tuples(st.sampled_from(names), values).map(lambda pair: f"{pair[0]} = {pair[1]!r}")
     lines |= st.sampled_from(["seed = 3", "dropout = 0.1", "import time", "# é", "bias = True"])
@@ -173,7 +155,7 @@ def test_any_config_file(made, n):
     @fuzz(n, parts=st.lists(lines | odd | st.text(max_size=9), max_size=3))
     def run(parts):
         Path("any.py").write_bytes("\n".join(parts).encode("utf-8", "surrogatepass"))
-        codes.append(assert_works_or_refuses(train, [*TINY, "any.py", *small]))
+        codes.append(assert_works_or_refuses(call, "train", [*TINY, "any.py", *small]))
 
     print(f"\n{len(codes):,} config files: {codes.count(0):,} ran, {codes.count(2):,} refused")
 
@@ -182,7 +164,7 @@ def test_any_config_file(made, n):
 
 
 @examples(60, 1500)
-def test_any_meta_json(made, n):
+def test_any_meta_json(made, call, n):
     """With the right checksum, as somebody would make it who wants it to be read."""
     before = Path("data/tiny/meta.json").read_text()
     names = ["format_version", "dtype", "vocab_size", "train_tokens", "val_tokens", "tokenizer"]
@@ -197,13 +179,13 @@ def test_any_meta_json(made, n):
     def run(changes):
         Path("data/tiny/meta.json").write_text(before)
         edit_meta("data/tiny", **changes)
-        codes.append(assert_works_or_refuses(train, [*TINY, "--max_iters=0"]))
+        codes.append(assert_works_or_refuses(call, "train", [*TINY, "--max_iters=0"]))
 
     print(f"\n{len(codes):,} meta.json: {codes.count(0):,} ran, {codes.count(2):,} refused")
 
 
 @examples(40, 1000)
-def test_any_prompt(made, n):
+def test_any_prompt(made, call, n):
     codes = []
 
     @fuzz(n, prompt=st.text(max_size=40), stop=st.text(max_size=3), is_file=st.booleans())
@@ -211,7 +193,9 @@ def test_any_prompt(made, n):
         Path("prompt.txt").write_bytes(prompt.encode("utf-8", "surrogatepass"))
         start = "FILE:prompt.txt" if is_file else prompt
         argv = ["--out_dir=made", "--num_samples=2", "--max_new_tokens=20", "--device=cpu"]
-        codes.append(assert_works_or_refuses(sample, [*argv, f"--start={start}", f"--stop={stop}"]))
+        codes.append(
+            assert_works_or_refuses(call, "sample", [*argv, f"--start={start}", f"--stop={stop}"])
+        )
 
     print(f"\n{len(codes):,} prompts: {codes.count(0):,} ran, {codes.count(2):,} refused")
 
@@ -241,7 +225,7 @@ odd_tensors = st.sampled_from(
 
 
 @examples(60, 1500)
-def test_any_checkpoint(made, n):
+def test_any_checkpoint(made, call, n):
     """One place in it is something else; its checksum is right."""
     saved = checkpoint.load(Path("made/ckpt.pt"), for_resume=True)
     Path("made/best.pt").unlink()
@@ -262,9 +246,9 @@ def test_any_checkpoint(made, n):
             return  # a good value may make it a long run
         checkpoint.save(Path("made/ckpt.pt"), changed)
         argv = ["--out_dir=made", "--num_samples=1", "--max_new_tokens=5", "--device=cpu"]
-        codes.append(assert_works_or_refuses(sample, argv))
+        codes.append(assert_works_or_refuses(call, "sample", argv))
         argv = ["--out_dir=made", "--init_from=resume", "--max_iters=6", "--compile=false"]
-        codes.append(assert_works_or_refuses(train, argv))
+        codes.append(assert_works_or_refuses(call, "train", argv))
         Path("made/ckpt.previous.pt").unlink(missing_ok=True)
         Path("made/ckpt.pt").write_bytes(whole)
 
@@ -333,7 +317,7 @@ def forge(path: Path, how: str, where: str, contents: dict) -> None:
 
 @pytest.mark.parametrize("where", ["top", "model", "config", "tokenizer", "progress"])
 @pytest.mark.parametrize("how", [*MALICE])
-def test_malice_in_a_checkpoint_is_neither_run_nor_unpacked(made, how, where):
+def test_malice_in_a_checkpoint_is_neither_run_nor_unpacked(made, call, how, where):
     Path("payload.py").write_text("open('executed', 'w')")
     torch.save(Call(os.system, "touch executed"), "inner.pt")
     contents = checkpoint.load(Path("made/ckpt.pt"), for_resume=True)
@@ -341,8 +325,8 @@ def test_malice_in_a_checkpoint_is_neither_run_nor_unpacked(made, how, where):
     forge(Path("made/ckpt.pt"), how, where, contents)
     Path("made/ckpt.previous.pt").unlink()
     peak = peak_megabytes()
-    assert run_main(sample, ["--out_dir=made"])[0] == 2
-    code, err = run_main(train, ["--out_dir=made", "--init_from=resume"])
+    assert call("sample", "--out_dir=made")[0] == 2
+    code, _, err = call("train", "--out_dir=made", "--init_from=resume")
     assert code == 2 and is_one_error_line(err) and not Path("executed").exists()
     assert peak_megabytes() - peak < 100
 
