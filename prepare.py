@@ -219,8 +219,8 @@ def up_to_date(folder: Path, described: dict) -> dataset.Meta | None:
 def tokenize(text: Text, tokenizer) -> Iterator[tuple[str, np.ndarray]]:
     """(split, ids) chunks: the first 90 % of the characters are train, the rest val."""
     for split, pieces in itertools.groupby(split_text(text), key=lambda pair: pair[0]):
-        for ids in tokenizer.encode_stream(piece for _, piece in pieces):
-            yield split, ids
+        for part in tokenizer.parts(piece for _, piece in pieces):
+            yield split, tokenizer.encode(part)
 
 
 def split_text(text: Text) -> Iterator[tuple[str, str]]:

@@ -1,11 +1,12 @@
 """Tokenizers: text to token ids and back. Each one is fully described by a small JSON object.
 
 That object is written into a dataset's meta.json and into every checkpoint, so a run can always
-decode what it generates. All three kinds offer the same five things:
+decode what it generates. All three kinds offer the same things:
 
     vocab_size                 ids are 0 .. vocab_size - 1
-    encode(text) -> ids        a one-dimensional array of ids
-    encode_stream(texts)       the same for a text that arrives in pieces of any size
+    end_of_text                the id that ends a document; None where there is none
+    encode(text) -> ids        a one-dimensional array of ids; END_OF_TEXT in it is ordinary text
+    parts(texts)               one text in pieces of any size -> parts to encode one by one
     decode_bytes(ids)          UTF-8; a single byte token may be a fraction of a character
     to_json()                  plain types; `from_json` undoes it
 """
@@ -14,27 +15,28 @@ from __future__ import annotations
 
 import base64
 import codecs
-import os
 import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from errors import InputError, RunError
 
+END_OF_TEXT = "<|endoftext|>"  # as GPT-2 spells it
+
 
 class CharTokenizer:
-    """One token per character of the training text, in code point order."""
+    """One token per character of the training text, and one to end a document if wanted."""
 
-    def __init__(self, chars: str):
+    def __init__(self, chars: str, ends_texts: bool = False):
         self.chars = chars
-        self.vocab_size = len(chars)
+        self.vocab_size = len(chars) + ends_texts
+        self.end_of_text = len(chars) if ends_texts else None
         known = code_points(chars)
         # One table look-up per character; the extra last entry is for any higher code point.
         self._id_of = np.full(int(known.max(initial=0)) + 2, -1, dtype=np.int32)
         self._id_of[known] = np.arange(len(chars))
-        self._char_bytes = [char.encode("utf-8") for char in chars]
+        self._token_bytes = [char.encode("utf-8") for char in (*chars, END_OF_TEXT)]
 
     def encode(self, text: str) -> np.ndarray:
         """Raises `InputError` naming the characters that are not in the vocabulary."""
@@ -45,37 +47,39 @@ class CharTokenizer:
             names = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in distinct[:10])
             more = f" and {len(distinct) - 10} more" if len(distinct) > 10 else ""
             raise InputError(
-                f"the vocabulary of {self.vocab_size} characters lacks {names}{more}: "
+                f"the vocabulary of {len(self.chars)} characters lacks {names}{more}: "
                 f"{len(unknown):,} of {len(text):,} characters"
             )
         return ids
 
-    def encode_stream(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        return map(self.encode, texts)
+    def parts(self, texts: Iterable[str]) -> Iterable[str]:
+        return texts
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return b"".join(self._char_bytes[i] for i in ids)
+        return b"".join(self._token_bytes[i] for i in ids)
 
     def to_json(self) -> dict:
-        return {"kind": "char", "chars": self.chars}
+        return {"kind": "char", "chars": self.chars, "ends_texts": self.end_of_text is not None}
 
 
 class ByteTokenizer:
-    """One token per UTF-8 byte: any text at all, 256 ids."""
+    """One token per UTF-8 byte, any text at all, and one to end a document if wanted."""
 
-    vocab_size = 256
+    def __init__(self, ends_texts: bool = False):
+        self.vocab_size = 256 + ends_texts
+        self.end_of_text = 256 if ends_texts else None
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
 
-    def encode_stream(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        return map(self.encode, texts)
+    def parts(self, texts: Iterable[str]) -> Iterable[str]:
+        return texts
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        return bytes(ids)
+        return b"".join(bytes([i]) if i < 256 else END_OF_TEXT.encode() for i in ids)
 
     def to_json(self) -> dict:
-        return {"kind": "byte"}
+        return {"kind": "byte", "ends_texts": self.end_of_text is not None}
 
 
 class BPETokenizer:
@@ -88,7 +92,7 @@ class BPETokenizer:
 
     # A split before a blank that follows a non-blank never cuts a GPT-2 pre-token in two.
     _SAFE_SPLIT = re.compile(r"(?<=\S)(?=[ \n])")
-    _PIECE_CHARS = 1 << 18
+    _PART_CHARS = 1 << 18
 
     def __init__(self, tokens: list[bytes], special: list[str]):
         """tokens: in the order of their merges, which is that of their ids; `special` follow.
@@ -104,6 +108,9 @@ class BPETokenizer:
             raise ValueError("it has an empty token, or the same special token twice")
         self._tokens, self._special = tokens, special
         self.vocab_size = len(tokens) + len(special)
+        self.end_of_text = (
+            len(tokens) + special.index(END_OF_TEXT) if END_OF_TEXT in special else None
+        )
         self._encoding = tiktoken.Encoding(
             "gpt2",
             pat_str=self._PATTERN,
@@ -132,23 +139,16 @@ class BPETokenizer:
     def encode(self, text: str) -> np.ndarray:
         return self._encoding.encode_to_numpy(text, disallowed_special=())
 
-    def encode_stream(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for pieces in self._safe_pieces(texts):
-                yield from pool.map(self.encode, pieces)
-
-    def _safe_pieces(self, texts: Iterable[str]) -> Iterator[list[str]]:
-        """Regroup a text into lists of pieces that can be encoded one by one, in parallel."""
+    def parts(self, texts: Iterable[str]) -> Iterator[str]:
         pending = ""
         for text in texts:
             pending += text
-            pieces, start = [], 0
-            while split := self._SAFE_SPLIT.search(pending, start + self._PIECE_CHARS):
-                pieces.append(pending[start : split.start()])
+            start = 0
+            while split := self._SAFE_SPLIT.search(pending, start + self._PART_CHARS):
+                yield pending[start : split.start()]
                 start = split.start()
             pending = pending[start:]
-            yield pieces
-        yield [pending]
+        yield pending
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes(list(ids))
@@ -164,13 +164,16 @@ Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer
 def from_json(spec: object, source: str) -> Tokenizer:
     """Rebuild a tokenizer; raises `InputError` naming `source` when `spec` is not one."""
     try:
+        ends_texts = spec.get("ends_texts", False)
+        if type(ends_texts) is not bool:
+            raise ValueError("ends_texts is neither true nor false")
         if spec["kind"] == "char":
             chars = spec["chars"]
-            if not chars or list(chars) != sorted(set(chars)):
-                raise ValueError("chars must be distinct and in order")
-            return CharTokenizer(chars)
+            if type(chars) is not str or not chars or len(set(chars)) < len(chars):
+                raise ValueError("chars must be distinct")
+            return CharTokenizer(chars, ends_texts)
         if spec["kind"] == "byte":
-            return ByteTokenizer()
+            return ByteTokenizer(ends_texts)
         if spec["kind"] == "gpt2":
             tokens = [base64.b64decode(word, validate=True) for word in spec["tokens"].split(" ")]
             special = spec["special"]
@@ -180,6 +183,15 @@ def from_json(spec: object, source: str) -> Tokenizer:
         raise ValueError(f"unknown kind {spec['kind']!r}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{source}: no usable tokenizer in it ({error})") from None
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Like `encode`, but `END_OF_TEXT` is that token where the tokenizer has it."""
+    if tokenizer.end_of_text is None:
+        return tokenizer.encode(text)
+    end = np.array([tokenizer.end_of_text])
+    parts = [part for text in text.split(END_OF_TEXT) for part in (end, tokenizer.encode(text))]
+    return np.concatenate(parts[1:])
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:

@@ -60,9 +60,10 @@ def test_bpe_uses_merges_and_takes_special_tokens_as_text():
 @given(st.lists(st.text(alphabet="the ing\n\t é.1", max_size=30), max_size=20), st.integers(1, 9))
 def test_bpe_in_pieces_equals_bpe_of_the_whole(texts, piece_chars):
     tokenizer = tiny_bpe()
-    tokenizer._PIECE_CHARS = piece_chars
+    tokenizer._PART_CHARS = piece_chars
     whole = tokenizer.encode("".join(texts)).tolist()
-    assert np.concatenate([*tokenizer.encode_stream(texts)]).tolist() == whole
+    parts = [tokenizer.encode(part) for part in tokenizer.parts(texts)]
+    assert np.concatenate(parts).tolist() == whole
 
 
 @given(texts, st.sampled_from(["byte", "bpe", "char"]))
@@ -95,6 +96,22 @@ def test_a_character_above_and_below_the_known_ones_is_unknown():
             tokenizer.encode(char)
 
 
+@pytest.mark.parametrize(
+    "tokenizer",
+    [tokenizers.CharTokenizer("<>|abc", True), tokenizers.ByteTokenizer(True), tiny_bpe()],
+)
+def test_the_end_of_a_text_is_one_token_in_a_prompt_and_ordinary_elsewhere(tokenizer):
+    end = tokenizer.end_of_text
+    again = tokenizers.from_json(json.loads(json.dumps(tokenizer.to_json())), "here")
+    assert again.end_of_text == end == tokenizer.vocab_size - 1
+    prompt = tokenizers.encode_prompt(tokenizer, "a<|endoftext|>bc<|endoftext|>")
+    a, bc = tokenizer.encode("a").tolist(), tokenizer.encode("bc").tolist()
+    assert prompt.tolist() == [*a, end, *bc, end]
+    assert tokenizers.decode(tokenizer, prompt.tolist()) == "a<|endoftext|>bc<|endoftext|>"
+    without = tokenizers.ByteTokenizer()
+    assert len(tokenizers.encode_prompt(without, "<|endoftext|>")) == 13
+
+
 WORDS = tokenizers.BPETokenizer(EVERY_BYTE, []).to_json()["tokens"]
 
 
@@ -107,7 +124,8 @@ WORDS = tokenizers.BPETokenizer(EVERY_BYTE, []).to_json()["tokens"]
         {"kind": "morse"},
         {"kind": "char"},
         {"kind": "char", "chars": ""},
-        {"kind": "char", "chars": "ba"},
+        {"kind": "char", "chars": "aba"},
+        {"kind": "char", "chars": "ab", "ends_texts": 1},
         {"kind": "char", "chars": ["a", "b"]},
         {"kind": "char", "chars": 7},
         {"kind": "gpt2", "special": []},
