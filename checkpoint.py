@@ -99,32 +99,44 @@ def load(path: Path, *, for_resume: bool = False) -> dict:
                 f"{path} is damaged, or not a checkpoint of this Quill (its checksum is missing or "
                 "differs): restore it from a copy, or train again"
             )
-        _refuse_swelling(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about foreign pickles, which are refused below
-            contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing: train first, or check --out_dir") from None
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except pickle.UnpicklingError:
-        raise InputError(
-            f"{path} holds more than tensors and plain types: refused, nothing in it was run"
-        ) from None
-    except (InputError, OSError):
-        raise
-    except Exception as error:  # its checksum is right: somebody made it so
-        if runtime.is_out_of_memory(error):
-            raise
-        raise InputError(f"{path} is not a checkpoint ({type(error).__name__})") from None
-    version = contents.get("quill_checkpoint") if isinstance(contents, dict) else None
+    contents = read_archive(path, _WITH_TENSORS)
+    version = contents.get("quill_checkpoint")
     if type(version) is not int or version != SCHEMA_VERSION:
         raise InputError(f"{path} is not a Quill checkpoint of schema version {SCHEMA_VERSION}")
     needed = _COMMON | _RESUME if for_resume else _COMMON
     wrong = [name for name, kind in needed.items() if not isinstance(contents.get(name), kind)]
     if wrong:
         raise InputError(f"{path} is not a usable checkpoint: {', '.join(wrong)} missing or broken")
-    _refuse_hollow(contents, path)
+    return contents
+
+
+def read_archive(path: Path, with_tensors: tuple[str, ...]) -> dict:
+    """What torch.save wrote, if that is a dict of plain types, and of tensors where they may be.
+
+    Raises `InputError` for anything else; nothing in the file is run.
+    """
+    try:
+        _refuse_swelling(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about foreign pickles, which are refused below
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{path} holds more than tensors and plain types: refused, nothing in it was run"
+        ) from None
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # somebody made it so
+        if runtime.is_out_of_memory(error):
+            raise
+        raise InputError(f"{path} is not a checkpoint ({type(error).__name__})") from None
+    if not isinstance(contents, dict):
+        raise InputError(f"{path} is not a checkpoint ({type(contents).__name__})")
+    _refuse_hollow(contents, with_tensors, path)
     return contents
 
 
@@ -161,12 +173,12 @@ def _refuse_swelling(path: Path) -> None:
         raise InputError(f"{path} is not a checkpoint: it claims more than it holds")
 
 
-def _refuse_hollow(contents: dict, path: Path) -> None:
+def _refuse_hollow(contents: dict, with_tensors: tuple[str, ...], path: Path) -> None:
     """Raise InputError for what is not a small tree of plain values and tensors stored whole.
 
     A pickle can share its parts, so that a few bytes claim a list without end or a huge tensor.
     """
-    pending = [(value, name in _WITH_TENSORS, 0) for name, value in contents.items()]
+    pending = [(value, name in with_tensors, 0) for name, value in contents.items()]
     n_values = 0
     while pending:
         value, may_be_tensor, depth = pending.pop()
@@ -202,20 +214,24 @@ def can_resume(out_dir: Path) -> bool:
 
 def build_model(contents: dict, path: Path) -> tuple[GPT, tokenizers.Tokenizer]:
     """The checkpoint's model with its weights, and its tokenizer."""
-    weights = contents["model"]
     try:
         config = GPTConfig(**contents["model_config"])
-        # Whatever it claims, nothing is allocated yet; a layer has at least four tensors.
-        if config.n_layer > len(weights) or config.block_size > _LONGEST_BLOCK:
-            raise ValueError(f"n_layer={config.n_layer}, block_size={config.block_size}")
-        with torch.device("meta"):
-            shapes = {name: p.shape for name, p in GPT(config).state_dict().items()}
-        if shapes != {name: p.shape for name, p in weights.items()}:
-            raise ValueError("not the tensors of that model")
+        check_weights(config, contents["model"])
         model = GPT(config)
-        model.load_state_dict(weights)
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise ValueError("a weight is not finite")
+        model.load_state_dict(contents["model"])
     except MISFITS as error:
         raise InputError(f"{path}: its weights and its model config disagree: {error}") from None
     return model, tokenizers.from_json(contents["tokenizer"], str(path))
+
+
+def check_weights(config: GPTConfig, weights: dict) -> None:
+    """Raises ValueError when they are not those of such a model; allocates nothing of its size."""
+    # Whatever it claims: a layer has at least four tensors.
+    if config.n_layer > len(weights) or config.block_size > _LONGEST_BLOCK:
+        raise ValueError(f"n_layer={config.n_layer}, block_size={config.block_size}")
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in GPT(config).state_dict().items()}
+    if shapes != {name: p.shape for name, p in weights.items()}:
+        raise ValueError("not the tensors of that model")
+    if not all(p.isfinite().all() for p in weights.values()):
+        raise ValueError("a weight is not finite")

@@ -1,15 +1,18 @@
 """The dataset folder, both directions: write it, read it, cut windows of tokens out of it.
 
-    data/<name>/train.bin   token ids, raw little-endian uint16 or uint32, no header
-    data/<name>/val.bin     the same
-    data/<name>/meta.json   `Meta`: how many, which dtype, which tokenizer, made from what
+    data/<name>/train.bin        token ids, raw little-endian uint16 or uint32, no header
+    data/<name>/val.bin          the same
+    data/<name>/train.mask.bin   where only some tokens carry loss: a byte each, 1 for those
+    data/<name>/val.mask.bin     the same
+    data/<name>/meta.json        `Meta`: how many, which dtype, which tokenizer, made from what
 
-meta.json has the SHA-256 of both and one of itself, so that a damaged dataset is an error. Which
-windows a training step sees depends on (seed, step) alone; see `train_starts`.
+meta.json has the SHA-256 of the others and one of itself, so that a damaged dataset is an error.
+Which windows a training step sees depends on (seed, step) alone; see `Windows`.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import hashlib
@@ -23,8 +26,9 @@ import numpy as np
 from errors import InputError
 from files import finish_staged, sha256_of, staged
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SPLITS = ("train", "val")
+MASKS = tuple(f"{split}.mask" for split in SPLITS)
 IGNORE_INDEX = -1  # a target that carries no loss
 
 # Up to this size a split is one int32 tensor on the device; above, it stays memory-mapped.
@@ -43,38 +47,42 @@ class Meta:
     tokenizer: dict  # see tokenizer.py
     source: str  # the name of the text
     sha256: str  # of the text's bytes
-    train_sha256: str  # of train.bin
-    val_sha256: str
+    sha256_of: dict  # of the .bin files, by their names: SPLITS, and MASKS where there are any
 
 
-def write(folder: Path, chunks: Iterable[tuple[str, np.ndarray]], **described) -> Meta:
-    """Write (split name, ids) chunks as they come; `described` is the rest of `Meta`.
+def write(folder: Path, chunks: Iterable[tuple], is_masked: bool = False, **described) -> Meta:
+    """Write (split name, ids, mask) chunks as they come; `described` is the rest of `Meta`.
 
+    mask: which of the ids carry loss, when they are targets; looked at when `is_masked`.
     Nothing takes its final name before everything is on the disk.
     """
     dtype = "uint16" if described["vocab_size"] <= 2**16 else "uint32"
     described |= {"format_version": FORMAT_VERSION, "dtype": dtype}
+    names = [*SPLITS, *MASKS] if is_masked else [*SPLITS]
+    digests = {name: hashlib.sha256() for name in names}
     counts = dict.fromkeys(SPLITS, 0)
-    digests = {split: hashlib.sha256() for split in SPLITS}
     folder.mkdir(parents=True, exist_ok=True)
-    with staged(*_paths(folder)) as files:
-        handle_of = dict(zip(SPLITS, files, strict=False))
-        for split, ids in chunks:
-            data = ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
-            handle_of[split].write(data)
-            digests[split].update(data)
+    with staged(*_paths(folder, names)) as (*files, meta_file):
+        file_of = dict(zip(names, files, strict=True))
+        for split, ids, mask in chunks:
             counts[split] += len(ids)
-        for split in SPLITS:
-            described[f"{split}_tokens"] = counts[split]
-            described[f"{split}_sha256"] = digests[split].hexdigest()
-        meta = Meta(**described)
+            parts = {split: ids.astype(np.dtype(dtype).newbyteorder("<"))}
+            if is_masked:
+                parts[f"{split}.mask"] = mask.astype(np.uint8)
+            for name, part in parts.items():
+                file_of[name].write(data := part.tobytes())
+                digests[name].update(data)
+        described["sha256_of"] = {name: digest.hexdigest() for name, digest in digests.items()}
+        meta = Meta(**described, train_tokens=counts["train"], val_tokens=counts["val"])
         fields = dataclasses.asdict(meta)
-        files[2].write(json.dumps(fields | {"checksum": _checksum(fields)}, indent=1).encode())
+        meta_file.write(json.dumps(fields | {"checksum": _checksum(fields)}, indent=1).encode())
+    for path in _paths(folder, set(MASKS) - set(names))[:-1]:
+        path.unlink(missing_ok=True)
     return meta
 
 
-def _paths(folder: Path) -> list[Path]:
-    return [folder / "train.bin", folder / "val.bin", folder / "meta.json"]
+def _paths(folder: Path, names: Iterable[str] = (*SPLITS, *MASKS)) -> list[Path]:
+    return [*(folder / f"{name}.bin" for name in names), folder / "meta.json"]
 
 
 def _describes_a_dataset(path: Path) -> bool:
@@ -103,6 +111,8 @@ def read_meta(path: Path) -> Meta:
     if fields.pop("checksum") != _checksum(fields):
         raise InputError(f"{path} was changed or damaged; prepare the dataset again")
     wrong = [name for name, kind in types_of.items() if type(fields[name]) is not kind]
+    if not wrong and list(fields["sha256_of"]) not in ([*SPLITS], [*SPLITS, *MASKS]):
+        wrong = ["sha256_of"]
     meta = Meta(**fields)
     if wrong or meta.format_version != FORMAT_VERSION or meta.dtype not in ("uint16", "uint32"):
         raise InputError(
@@ -112,10 +122,11 @@ def read_meta(path: Path) -> Meta:
     return meta
 
 
-def read(folder: Path, verify: bool = True) -> tuple[Meta, np.ndarray, np.ndarray]:
-    """-> (meta, train ids, val ids), memory-mapped; raises `InputError` when anything disagrees.
+def read(folder: Path, verify: bool = True) -> tuple[Meta, dict[str, np.ndarray]]:
+    """-> meta, and the .bin files memory-mapped, by their names: ids, and masks if there are any.
 
-    verify: read all of both files once, to compare their checksums.
+    verify: read all of the files once, to compare their checksums. Raises `InputError` when
+    anything disagrees.
     """
     if verify:
         finish_staged(*_paths(folder), is_whole=_describes_a_dataset)
@@ -125,13 +136,13 @@ def read(folder: Path, verify: bool = True) -> tuple[Meta, np.ndarray, np.ndarra
             f"`python prepare.py {folder.name}`, with --input=FILE for a text of your own"
         )
     meta = read_meta(folder / "meta.json")
-    return meta, *(_map_ids(folder, split, meta, verify) for split in SPLITS)
+    return meta, {name: _map(folder, name, meta, verify) for name in meta.sha256_of}
 
 
-def _map_ids(folder: Path, split: str, meta: Meta, verify: bool) -> np.ndarray:
-    path = folder / f"{split}.bin"
-    n_tokens, sha256 = getattr(meta, f"{split}_tokens"), getattr(meta, f"{split}_sha256")
-    dtype = np.dtype(meta.dtype).newbyteorder("<")
+def _map(folder: Path, name: str, meta: Meta, verify: bool) -> np.ndarray:
+    path = folder / f"{name}.bin"
+    n_tokens = meta.train_tokens if name.startswith("train") else meta.val_tokens
+    dtype = np.dtype("uint8" if name in MASKS else meta.dtype).newbyteorder("<")
     try:
         n_bytes = path.stat().st_size
     except OSError as error:
@@ -143,7 +154,7 @@ def _map_ids(folder: Path, split: str, meta: Meta, verify: bool) -> np.ndarray:
         )
     if verify:
         with path.open("rb") as file:
-            if sha256_of(file, n_bytes).hexdigest() != sha256:
+            if sha256_of(file, n_bytes).hexdigest() != meta.sha256_of[name]:
                 raise InputError(
                     f"{path} was changed or damaged since it was made (its checksum differs); "
                     "prepare the dataset again"
@@ -152,80 +163,140 @@ def _map_ids(folder: Path, split: str, meta: Meta, verify: bool) -> np.ndarray:
 
 
 class Split:
-    """One split's ids, ready to be cut into (idx, targets) windows on a device."""
+    """One split's ids, ready to be cut into (idx, targets) windows on a device.
 
-    def __init__(self, ids: np.ndarray, vocab_size: int, device, name: str):
+    With a mask of what carries loss they are records, each a prompt without loss and an answer
+    with it. Windows then begin where a record does, and hold as many whole ones as fit.
+    """
+
+    def __init__(self, ids, mask, vocab_size: int, block_size: int, device, path: Path):
         import torch
 
-        self.ids, self.vocab_size, self.device, self.name = ids, vocab_size, device, name
+        self.ids, self.mask, self.vocab_size = ids, mask, vocab_size
+        self.block_size, self.device, self.path = block_size, device, path
+        self.records = None if mask is None else record_windows(mask, block_size)
+        if mask is not None and len(self.records[0]) == 0:
+            raise InputError(f"{path}: none of its tokens carries loss; prepare the dataset again")
+        if mask is None and len(ids) <= block_size:
+            raise InputError(
+                f"block_size={block_size} does not fit {path}, which has {len(ids):,} tokens: "
+                "lower it, or prepare a longer text"
+            )
         self.on_device = len(ids) <= MAX_TOKENS_ON_DEVICE
         if self.on_device:
             self._check_range(ids)
-            self.tokens = torch.from_numpy(ids.astype(np.int32)).to(device)
+            self.ids = torch.from_numpy(ids.astype(np.int32)).to(device)
+            self.mask = None if mask is None else torch.from_numpy(mask != 0).to(device)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def windows(self, starts: np.ndarray, block_size: int):
+    def train_starts(self, n_windows: int, seed: int, step: int) -> np.ndarray:
+        """Where a step's windows begin, (n_windows,) int64: a function of seed and step alone.
+
+        Each epoch cuts the split into windows side by side, from a start of its own, and shuffles
+        them. It so reads every token once, but for fewer than two windows' worth at the two ends.
+        Records are cut alike in every epoch, and all of them read.
+        """
+        if self.records is None:
+            per_epoch = max(1, len(self) // self.block_size - 1)
+            n_phases = len(self) - per_epoch * self.block_size
+        else:
+            per_epoch, n_phases = len(self.records[0]), 1
+        epochs, places = np.divmod(step * n_windows + np.arange(n_windows), per_epoch)
+        starts = np.empty(n_windows, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            order, phase = _epoch(per_epoch, n_phases, seed, int(epoch))
+            here = epochs == epoch
+            chosen = order[places[here]]
+            if self.records is None:
+                starts[here] = chosen * self.block_size + phase
+            else:
+                starts[here] = self.records[0][chosen]
+        return starts
+
+    def eval_starts(self, n_windows: int, whole: bool) -> np.ndarray:
+        """Windows side by side over the whole split, or `n_windows` spread evenly over it."""
+        n_tokens, block_size = len(self), self.block_size
+        if self.records is None and not whole:
+            last = n_tokens - 1 - block_size
+            return np.unique(np.linspace(0, last, n_windows).astype(np.int64))
+        if self.records is None:
+            return np.arange(0, n_tokens - 1, block_size)
+        starts = self.records[0]
+        chosen = np.linspace(0, len(starts) - 1, n_windows).astype(np.int64)
+        return starts if whole else starts[np.unique(chosen)]
+
+    def windows(self, starts: np.ndarray):
         """-> idx, targets, both (len(starts), block_size) int64: targets are idx one token on.
 
-        Targets beyond the end of the split are `IGNORE_INDEX`.
+        Targets beyond the end of the split or of a window of records, and those that carry no
+        loss, are `IGNORE_INDEX`.
         """
         import torch
 
-        starts = torch.from_numpy(starts)
-        pin = self.device.type == "cuda"
-        if self.on_device:
-            starts = (starts.pin_memory() if pin else starts).to(self.device, non_blocking=True)
-        positions = starts[:, None] + torch.arange(block_size + 1, device=starts.device)
+        ends = len(self)
+        if self.records is not None:
+            which = np.searchsorted(self.records[0], starts, side="right") - 1
+            ends = self._at_hand(torch.from_numpy(self.records[1][which]))[:, None]
+        starts = self._at_hand(torch.from_numpy(starts))
+        positions = starts[:, None] + torch.arange(self.block_size + 1, device=starts.device)
         inside = positions.clamp(max=len(self) - 1)
+        counts = positions[:, 1:] < ends
         if self.on_device:
-            rows = self.tokens[inside].long()
+            rows = self.ids[inside].long()
+            counts = counts if self.mask is None else counts & self.mask[inside[:, 1:]]
         else:
             gathered = self.ids[inside.numpy()].astype(np.int64)
             self._check_range(gathered)
             rows = torch.from_numpy(gathered)
-        rows[:, 1:].masked_fill_(positions[:, 1:] >= len(self), IGNORE_INDEX)
-        rows = rows if self.on_device else (rows.pin_memory() if pin else rows)
-        rows = rows.to(self.device, non_blocking=True)
-        return rows[:, :-1].clamp(min=0), rows[:, 1:]
+            if self.mask is not None:
+                counts &= torch.from_numpy(self.mask[inside[:, 1:].numpy()] != 0)
+        pair = rows[:, :-1].contiguous(), rows[:, 1:].masked_fill(~counts, IGNORE_INDEX)
+        return pair if self.on_device else tuple(map(self._send, pair))
+
+    def _at_hand(self, tensor):
+        """Where the ids are."""
+        return self._send(tensor) if self.on_device else tensor
+
+    def _send(self, tensor):
+        tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return tensor.to(self.device, non_blocking=True)
 
     def _check_range(self, ids: np.ndarray) -> None:
         highest = int(ids.max())
         if highest >= self.vocab_size:
             raise InputError(
-                f"{self.name}: token id {highest} does not fit meta.json's vocabulary of "
+                f"{self.path}: token id {highest} does not fit meta.json's vocabulary of "
                 f"{self.vocab_size}; prepare the dataset again"
             )
 
 
-def train_starts(n_tokens: int, block_size: int, n_windows: int, seed: int, step: int):
-    """Where a step's windows begin, (n_windows,) int64: a function of seed and step alone.
-
-    Each epoch cuts the split into windows side by side, from a start of its own, and shuffles
-    them. It so reads every token once, but for fewer than two windows' worth at the two ends.
-    """
-    per_epoch = max(1, n_tokens // block_size - 1)
-    epochs, places = np.divmod(step * n_windows + np.arange(n_windows), per_epoch)
-    starts = np.empty(n_windows, dtype=np.int64)
-    for epoch in np.unique(epochs):
-        order, phase = _epoch(n_tokens, block_size, per_epoch, seed, int(epoch))
-        here = epochs == epoch
-        starts[here] = order[places[here]] * block_size + phase
-    return starts
-
-
 @functools.lru_cache(maxsize=2)  # a step may see the end of one and the start of the next
-def _epoch(n_tokens: int, block_size: int, per_epoch: int, seed: int, epoch: int):
+def _epoch(n_windows: int, n_phases: int, seed: int, epoch: int):
     """-> the shuffled numbers of an epoch's windows (8 bytes each), the start of the first."""
     rng = np.random.default_rng([seed, epoch])
-    phase = rng.integers(0, n_tokens - per_epoch * block_size)
-    return rng.permutation(per_epoch), phase
+    phase = rng.integers(0, n_phases)
+    return rng.permutation(n_windows), phase
 
 
-def eval_starts(n_tokens: int, block_size: int, n_windows: int, whole: bool) -> np.ndarray:
-    """Windows side by side over the whole split, or `n_windows` of them spread evenly over it."""
-    if whole:
-        return np.arange(0, n_tokens - 1, block_size)
-    last = n_tokens - 1 - block_size
-    return np.unique(np.linspace(0, last, n_windows).astype(np.int64))
+def record_windows(mask: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """-> where windows of whole records begin and end, int64.
+
+    A record begins where loss ends. One longer than a window is cut into windows side by side, of
+    which those without loss are left out.
+    """
+    begins = np.flatnonzero((mask[:-1] != 0) & (mask[1:] == 0)) + 1
+    ends = [*begins.tolist(), len(mask)]
+    begins = [0, *begins.tolist()]
+    windows, i = [], 0
+    while i < len(begins):
+        n_whole = bisect.bisect_right(ends, begins[i] + block_size + 1)
+        if n_whole > i:
+            windows.append((begins[i], ends[n_whole - 1]))
+        else:
+            cuts = range(begins[i], ends[i] - 1, block_size)
+            parts = [(start, min(start + block_size + 1, ends[i])) for start in cuts]
+            windows += [(start, end) for start, end in parts if mask[start + 1 : end].any()]
+        i = max(i + 1, n_whole)
+    return tuple(np.array(windows, dtype=np.int64).reshape(-1, 2).T)

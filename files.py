@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and the folders that hold them."""
+"""Files that are either whole or not there, the folders that hold them, and their progress."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 from errors import InputError, RunError
@@ -154,3 +155,16 @@ def dataset_folder(name: str) -> Path:
             "it is looked up in data/"
         )
     return Path("data") / name
+
+
+_last_shown = 0.0
+
+
+def show_progress(what: str, done: int, total: int) -> None:
+    """A line on stderr, rewritten a few times a second, when a person is looking."""
+    global _last_shown
+    is_done = done >= total
+    if (is_done or time.monotonic() - _last_shown > 0.2) and sys.stderr.isatty():
+        _last_shown = time.monotonic()
+        line = "" if is_done else f"{what}: {done / total:4.0%}"
+        print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)

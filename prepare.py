@@ -1,32 +1,40 @@
-"""Turn a text into a dataset folder of token ids.
+"""Turn text into a dataset folder of token ids.
 
 Usage:
     python prepare.py                    Tiny Shakespeare, by character: data/shakespeare_char/
     python prepare.py shakespeare        Tiny Shakespeare, GPT-2 BPE: data/shakespeare/
-    python prepare.py mine --input=FILE  your own UTF-8 text, of any size: data/mine/
+    python prepare.py mine --input=PATH  your own text, of any size: data/mine/
+
+PATH is a UTF-8 text file, a folder or a pattern of .txt, .jsonl (also .gz) and .parquet files, or
+the meta.pkl of a dataset that nanoGPT prepared. In .jsonl a line is {"text": ...}, or {"prompt":
+..., "completion": ...}, of which only the completion carries loss.
 """
 
 from __future__ import annotations
 
-import codecs
+import collections
 import dataclasses
 import hashlib
 import itertools
+import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 import dataset
+import nanogpt
 import settings
 import tokenizer as tokenizers
-from errors import InputError, RunError, run_script
-from files import dataset_folder, locked, staged
+from corpus import Corpus, Section, Survey, survey
+from download import download
+from errors import InputError, run_script
+from files import dataset_folder, locked
 from settings import option
 
-CHUNK_BYTES = 1 << 22
+BATCH_CHARS = 1 << 18  # encoded at once, by one core
 TRAIN_SHARE = 0.9
 
 SHAKESPEARE = Path("data/tinyshakespeare.txt")
@@ -38,51 +46,71 @@ SHAKESPEARE_URLS = (
 )
 BUILT_IN = {"shakespeare_char": "char", "shakespeare": "gpt2"}  # dataset -> tokenizer
 
-TIMEOUT_SECONDS = 20  # without a byte
-DOWNLOAD_SECONDS = 300  # in all
-ATTEMPTS = 3  # at each address
-
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
     dataset: str = option("shakespeare_char", "folder to make below data/")
-    input: str = option("", "a UTF-8 text file to use; nothing is downloaded")
-    tokenizer: str = option("", "char, byte, gpt2, or DIR/meta.json to reuse a dataset's")
+    input: str = option("", "text to use: a file, a folder or a pattern; nothing is downloaded")
+    tokenizer: str = option("", "char, byte, gpt2, or a meta.json or meta.pkl to take it from")
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
-    """What a first pass over a text file finds out."""
+class Source:
+    """What a dataset is to be made of."""
 
-    path: Path
-    n_bytes: int
-    n_chars: int
-    chars: str  # the distinct ones, in code point order
-    sha256: str
+    described: dict  # the fields of dataset.Meta that are known before
+    chunks: Iterable[tuple]  # for dataset.write
+    is_masked: bool
+    facts: str  # for the last line on the screen
 
 
 def main(argv: list[str]) -> int:
     config = settings.load(PrepareConfig, argv, usage=__doc__, positional="dataset")
     folder = dataset_folder(config.dataset)
-    path = Path(config.input) if config.input else built_in_text(config.dataset)
-    text = survey(path)
-    tokenizer = choose_tokenizer(config.tokenizer or BUILT_IN.get(config.dataset, "char"), text)
-    described = {
-        "vocab_size": tokenizer.vocab_size,
-        "tokenizer": tokenizer.to_json(),
-        "source": path.name,
-        "sha256": text.sha256,
-    }
-    if int(text.n_chars * TRAIN_SHARE) in (0, text.n_chars):
-        raise InputError(f"{path}: {text.n_chars} characters are too short for two splits")
+    source = (from_nanogpt if config.input.endswith(".pkl") else from_text)(config)
     with locked(folder):
-        meta = up_to_date(folder, described)
+        meta = up_to_date(folder, source)
         done = "up to date:"
         if meta is None:
-            meta = dataset.write(folder, tokenize(text, tokenizer), **described)
+            meta = dataset.write(folder, source.chunks, source.is_masked, **source.described)
             done = "made"
-    print(done, summary(folder, meta, text))
+    size = (meta.train_tokens + meta.val_tokens) * np.dtype(meta.dtype).itemsize
+    print(
+        f"{done} {folder}/: {source.facts}, vocabulary {meta.vocab_size:,}, "
+        f"{meta.train_tokens:,} train + {meta.val_tokens:,} val tokens, {size:,} bytes of "
+        f"{meta.dtype}"
+    )
     return 0
+
+
+def from_text(config: PrepareConfig) -> Source:
+    name = config.input or str(built_in_text(config.dataset))
+    corpus = Corpus(name)
+    found = survey(corpus)
+    if int((found.n_chars if corpus.is_one_text else found.n_documents) * TRAIN_SHARE) == 0:
+        what = f"{found.n_chars} characters" if corpus.is_one_text else "one document"
+        raise InputError(f"{name}: {what} cannot be split into train and val")
+    tokenizer = choose_tokenizer(
+        config.tokenizer or BUILT_IN.get(config.dataset, "char"), found, not corpus.is_one_text
+    )
+    described = describe(tokenizer, Path(name).name, found.sha256)
+    facts = f"{found.n_chars:,} characters ({len(found.chars)} distinct) of {name}"
+    if not corpus.is_one_text:
+        facts += f", {found.n_documents:,} documents in {len(corpus.files):,} files"
+    return Source(described, tokenize(corpus, found, tokenizer), found.has_prompts, facts)
+
+
+def from_nanogpt(config: PrepareConfig) -> Source:
+    path = Path(config.input)
+    tokenizer = nanogpt.read_tokenizer(path)
+    chunks, sha256 = nanogpt.read_bins(path.parent, tokenizer.vocab_size)
+    described = describe(tokenizer, path.parent.name, sha256)
+    return Source(described, chunks, False, f"the dataset of {path}")
+
+
+def describe(tokenizer: tokenizers.Tokenizer, source: str, sha256: str) -> dict:
+    fields = {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.to_json()}
+    return fields | {"source": source, "sha256": sha256}
 
 
 def built_in_text(name: str) -> Path:
@@ -95,169 +123,113 @@ def built_in_text(name: str) -> Path:
         if hashlib.sha256(SHAKESPEARE.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
             return SHAKESPEARE
         print(f"{SHAKESPEARE} is not the expected text; downloading it anew", file=sys.stderr)
-    download(SHAKESPEARE_URLS, SHAKESPEARE, SHAKESPEARE_BYTES, SHAKESPEARE_SHA256)
+    advice = f"check the network, put the file at {SHAKESPEARE}, or give a text with --input=FILE"
+    download(SHAKESPEARE_URLS, SHAKESPEARE, SHAKESPEARE_BYTES, SHAKESPEARE_SHA256, advice)
     return SHAKESPEARE
 
 
-def download(urls, path: Path, n_bytes: int, sha256: str, wait_seconds: float = 1.0) -> None:
-    """Fetch a file of known size and hash from the first of `urls` that delivers it.
-
-    Each is tried `ATTEMPTS` times with a doubling wait. Raises RunError when none does; `path`
-    is written only when everything is right.
-    """
-    import requests
-    import urllib3
-
-    reasons = {}
-    for attempt in range(ATTEMPTS):
-        for url in urls:
-            try:
-                body = _fetch(url, n_bytes)
-            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-                reasons[url] = f"{type(error).__name__}"
-                continue
-            if hashlib.sha256(body).hexdigest() == sha256:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with staged(path) as (file,):
-                    file.write(body)
-                return
-            reasons[url] = f"sent {len(body):,} bytes that are not the expected text"
-        if attempt < ATTEMPTS - 1:
-            time.sleep(wait_seconds * 2**attempt)
-    raise RunError(
-        f"could not download the text ({'; '.join(f'{u}: {r}' for u, r in reasons.items())}): "
-        f"check the network, put the file at {path}, or give a text with --input=FILE"
-    )
-
-
-def _fetch(url: str, n_bytes: int) -> bytes:
-    """At most a byte more than `n_bytes`, so that a wrong file cannot fill the memory."""
-    import requests
-
-    deadline = time.monotonic() + DOWNLOAD_SECONDS
-    with requests.get(url, stream=True, timeout=TIMEOUT_SECONDS) as response:
-        response.raise_for_status()
-        body = b""
-        while piece := response.raw.read1(n_bytes + 1 - len(body), decode_content=True):
-            body += piece
-            show_progress(f"downloading {url}", len(body), n_bytes)
-            if time.monotonic() > deadline:
-                raise requests.Timeout
-    return body
-
-
-def survey(path: Path) -> Text:
-    """Read the file once: its size, hash and characters. Raises InputError when not UTF-8."""
-    digest = hashlib.sha256()
-    seen = np.zeros(sys.maxunicode + 1, dtype=bool)
-    n_chars = 0
-    for piece in read_text(path, "reading", digest.update):
-        n_chars += len(piece)
-        seen[tokenizers.code_points(piece)] = True
-    if n_chars == 0:
-        raise InputError(f"{path} is empty")
-    chars = "".join(map(chr, np.flatnonzero(seen)))
-    return Text(path, path.stat().st_size, n_chars, chars, digest.hexdigest())
-
-
-def read_text(path: Path, doing: str, each: Callable = lambda data: None) -> Iterator[str]:
-    """The file's text in pieces; `each` sees the raw bytes. Line ends stay as they are."""
-    try:
-        total = path.stat().st_size
-        if not path.is_file() and not path.is_dir():
-            raise InputError(f"{path} is not a file that can be read twice; save it to one first")
-        file = path.open("rb")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    position = 0
-    with file:
-        while True:
-            data = file.read(CHUNK_BYTES)
-            each(data)
-            pending = len(decoder.getstate()[0])
-            try:
-                piece = decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                offset = position - pending + error.start
-                raise InputError(
-                    f"{path} is not UTF-8: byte {offset:,} is wrong; convert it first"
-                ) from None
-            position += len(data)
-            show_progress(f"{doing} {path}", position, total)
-            if piece:
-                yield piece
-            if not data:
-                return
-
-
-def choose_tokenizer(name: str, text: Text) -> tokenizers.Tokenizer:
+def choose_tokenizer(name: str, found: Survey, ends_texts: bool) -> tokenizers.Tokenizer:
     if name == "char":
-        return tokenizers.CharTokenizer(text.chars)
+        return tokenizers.CharTokenizer(found.chars, ends_texts)
     if name == "byte":
-        return tokenizers.ByteTokenizer()
+        return tokenizers.ByteTokenizer(ends_texts)
     if name == "gpt2":
         return tokenizers.BPETokenizer.gpt2()
     if name.endswith(".json"):
         tokenizer = tokenizers.from_json(dataset.read_meta(Path(name)).tokenizer, name)
-        tokenizer.encode(text.chars)  # names every character that it lacks
-        return tokenizer
-    raise InputError(f"tokenizer={name}: use char, byte, gpt2, or DIR/meta.json of a dataset")
+    elif name.endswith(".pkl"):
+        tokenizer = nanogpt.read_tokenizer(Path(name))
+    else:
+        raise InputError(f"tokenizer={name}: use char, byte, gpt2, or DIR/meta.json of a dataset")
+    tokenizer.encode(found.chars)  # names every character that it lacks
+    if ends_texts and tokenizer.end_of_text is None:
+        raise InputError(f"tokenizer={name} has no token to end a document with, as is needed here")
+    return tokenizer
 
 
-def up_to_date(folder: Path, described: dict) -> dataset.Meta | None:
+def up_to_date(folder: Path, source: Source) -> dataset.Meta | None:
     """The dataset's meta when it was made from the same text with the same tokenizer."""
     try:
         meta = dataset.read_meta(folder / "meta.json")
-        if any(getattr(meta, name) != value for name, value in described.items()):
+        if any(getattr(meta, name) != value for name, value in source.described.items()):
             return None
         return dataset.read(folder)[0]  # which reads all of it, for the checksums
     except InputError:
         return None
 
 
-def tokenize(text: Text, tokenizer) -> Iterator[tuple[str, np.ndarray]]:
-    """(split, ids) chunks: the first 90 % of the characters are train, the rest val."""
-    for split, pieces in itertools.groupby(split_text(text), key=lambda pair: pair[0]):
-        for part in tokenizer.parts(piece for _, piece in pieces):
-            yield split, tokenizer.encode(part)
+def tokenize(corpus: Corpus, found: Survey, tokenizer) -> Iterator[tuple]:
+    """-> (split, ids, mask) chunks, encoded on all cores."""
+
+    end = np.array([] if corpus.is_one_text else [tokenizer.end_of_text], dtype=np.int32)
+
+    def encode(batch):
+        split, parts = batch
+        ids = [end if text is None else tokenizer.encode(text) for text, _ in parts]
+        mask = None
+        if found.has_prompts:
+            mask = np.repeat([has_loss for _, has_loss in parts], [*map(len, ids)])
+        return split, np.concatenate(ids), mask
+
+    yield from in_parallel(encode, batches(split_in_two(corpus, found), tokenizer))
+    if (corpus.n_documents, corpus.n_chars) != (found.n_documents, found.n_chars):
+        raise InputError(f"{corpus.files[0]} changed while it was read; run the same command again")
 
 
-def split_text(text: Text) -> Iterator[tuple[str, str]]:
+def split_in_two(corpus: Corpus, found: Survey) -> Iterator[tuple[str, list[Section]]]:
+    """(split, document) pairs: the first 90 % of the documents, or characters of one, are train."""
+    documents = corpus.documents("tokenizing")
+    if not corpus.is_one_text:
+        n_train = int(found.n_documents * TRAIN_SHARE)
+        for i, document in enumerate(documents):
+            yield ("train" if i < n_train else "val"), document
+        return
+    pieces = split_text((text for ((texts, _),) in documents for text in texts), found.n_chars)
+    for split, group in itertools.groupby(pieces, key=lambda pair: pair[0]):
+        yield split, [Section((piece for _, piece in group), has_loss=True)]
+
+
+def split_text(texts: Iterable[str], n_chars: int) -> Iterator[tuple[str, str]]:
     """(split, piece of text) pairs."""
-    left, n_chars = int(text.n_chars * TRAIN_SHARE), 0
-    for piece in read_text(text.path, "tokenizing"):
+    left = int(n_chars * TRAIN_SHARE)
+    for piece in texts:
         if left > 0:
             yield "train", piece[:left]
         if left < len(piece):
             yield "val", piece[left:]
-        left, n_chars = max(0, left - len(piece)), n_chars + len(piece)
-    if n_chars != text.n_chars:
-        raise InputError(f"{text.path} changed while it was read; run the same command again")
+        left = max(0, left - len(piece))
 
 
-def summary(folder: Path, meta: dataset.Meta, text: Text) -> str:
-    size = (meta.train_tokens + meta.val_tokens) * np.dtype(meta.dtype).itemsize
-    return (
-        f"{folder}/: {text.n_chars:,} characters ({len(text.chars)} distinct) of {text.path}, "
-        f"vocabulary {meta.vocab_size:,}, {meta.train_tokens:,} train + {meta.val_tokens:,} val "
-        f"tokens, {size:,} bytes of {meta.dtype}"
-    )
+def batches(documents: Iterable[tuple[str, list[Section]]], tokenizer) -> Iterator[tuple]:
+    """(split, parts) of about `BATCH_CHARS`; a part is (text or None at an end, has_loss)."""
+    batch, n_chars, latest = [], 0, None
+    for split, document in documents:
+        if split != latest and batch:
+            yield latest, batch
+            batch, n_chars = [], 0
+        latest = split
+        for texts, has_loss in document:
+            for text in tokenizer.parts(texts):
+                batch.append((text, has_loss))
+                n_chars += len(text)
+                if n_chars >= BATCH_CHARS:
+                    yield split, batch
+                    batch, n_chars = [], 0
+        batch.append((None, has_loss))
+    yield latest, batch
 
 
-_last_shown = 0.0
-
-
-def show_progress(what: str, done: int, total: int) -> None:
-    """A line on stderr, rewritten a few times a second, when a person is looking."""
-    global _last_shown
-    if not sys.stderr.isatty():
-        return
-    is_done = done >= total
-    if is_done or time.monotonic() - _last_shown > 0.2:
-        _last_shown = time.monotonic()
-        share = done / total if total else 1.0
-        print(f"\r{what}: {share:4.0%}\x1b[K", end="\n" if is_done else "", file=sys.stderr)
+def in_parallel(function, items: Iterable) -> Iterator:
+    """`map` on all cores, in order, with a few items under way."""
+    n_cores = os.cpu_count() or 1
+    under_way = collections.deque()
+    with ThreadPoolExecutor(n_cores) as pool:
+        for item in items:
+            under_way.append(pool.submit(function, item))
+            if len(under_way) > 2 * n_cores:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
 
 
 if __name__ == "__main__":

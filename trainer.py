@@ -136,10 +136,10 @@ class Trainer:
     def _open_dataset(self) -> tuple[dataset.Meta, dataset.Split, dataset.Split]:
         folder = dataset_folder(self.config.dataset)
         if parallel.is_first_here():
-            meta, *splits = dataset.read(folder)
+            meta, data = dataset.read(folder)
         parallel.largest(0)  # the first may have to finish what a killed prepare.py left
         if not parallel.is_first_here():
-            meta, *splits = dataset.read(folder, verify=False)
+            meta, data = dataset.read(folder, verify=False)
         if parallel.share(meta) != meta:
             raise InputError(f"{folder} is not the same on all machines; prepare it from one text")
         tokenizer = tokenizers.from_json(meta.tokenizer, str(folder / "meta.json"))
@@ -148,15 +148,18 @@ class Trainer:
                 f"{folder / 'meta.json'}: vocab_size={meta.vocab_size}, but its tokenizer has "
                 f"{tokenizer.vocab_size}; prepare the dataset again"
             )
-        paths = [folder / f"{name}.bin" for name in dataset.SPLITS]
-        for path, ids in zip(paths, splits, strict=True):
-            if len(ids) <= self.config.block_size:
-                raise InputError(
-                    f"block_size={self.config.block_size} does not fit {path}, which has "
-                    f"{len(ids):,} tokens: lower it, or prepare a longer text"
-                )
-        pairs = zip(splits, paths, strict=True)
-        return meta, *(dataset.Split(i, meta.vocab_size, self.device, p) for i, p in pairs)
+        splits = (
+            dataset.Split(
+                data[name],
+                data.get(f"{name}.mask"),
+                meta.vocab_size,
+                self.config.block_size,
+                self.device,
+                folder / f"{name}.bin",
+            )
+            for name in dataset.SPLITS
+        )
+        return meta, *splits
 
     # ---- one step ------------------------------------------------------------------------------
 
@@ -186,12 +189,9 @@ class Trainer:
         """
         config, rank, n = self.config, parallel.rank(), parallel.size()
         shape = (config.gradient_accumulation_steps, config.batch_size)
-        n_tokens = len(self.train_split)
-        starts = dataset.train_starts(
-            n_tokens, config.block_size, math.prod(shape), config.seed, step
-        ).reshape(shape)
+        starts = self.train_split.train_starts(math.prod(shape), config.seed, step).reshape(shape)
         own = starts[rank::n] if shape[0] % n == 0 else starts[:, rank::n]
-        return [self.train_split.windows(part, config.block_size) for part in own]
+        return [self.train_split.windows(part) for part in own]
 
     def _gradients(self, micro_batches: list):
         """Forward and backward; -> (loss, norm of the gradients, which are then clipped)."""
@@ -297,7 +297,7 @@ class Trainer:
     @torch.no_grad()
     def _mean_loss(self, split: dataset.Split, whole: bool) -> float:
         config = self.config
-        starts = dataset.eval_starts(len(split), config.block_size, config.eval_iters, whole)
+        starts = split.eval_starts(config.eval_iters, whole)
         # Each process takes every n-th batch. Fill up with windows past the end, whose targets are
         # all ignored, so that all have equally many.
         rank, n = parallel.rank(), parallel.size()
@@ -307,7 +307,7 @@ class Trainer:
         counts = torch.zeros(len(parts), dtype=torch.int64, device=self.device)
         self.model.eval()
         for i in range(rank, len(parts), n):
-            idx, targets = split.windows(parts[i], config.block_size)
+            idx, targets = split.windows(parts[i])
             with runtime.autocast(self.device, self.dtype):
                 _, sums[i] = self.forward(idx, targets, reduction="sum")
             counts[i] = (targets != dataset.IGNORE_INDEX).sum()

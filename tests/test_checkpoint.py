@@ -117,7 +117,7 @@ def damaged(path: Path, how: str) -> None:
         ("another zip", "damaged, or not a checkpoint"),
         ("pickle", "damaged, or not a checkpoint"),
         ("payload", "nothing in it was run"),
-        ("tensor", "is not a Quill checkpoint"),
+        ("tensor", "is not a checkpoint .Tensor"),
         ("foreign", "is not a Quill checkpoint"),
         ("newer", "not a Quill checkpoint of schema version 2"),
         ("wrong types", "model_config missing or broken"),

@@ -1,30 +1,28 @@
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import http.server
 import json
 import os
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import REPO, is_one_error_line
 
+import corpus
 import dataset
+import download
 import prepare
 import tokenizer as tokenizers
-from errors import RunError
 
 SHARED_TEXT = REPO.parent / "shared/data/tinyshakespeare.txt"
 GPT2_CACHE = Path(os.environ.get("TIKTOKEN_CACHE_DIR", REPO.parent / "shared/tiktoken"))
 
 
 def decoded(folder: Path) -> tuple[str, str]:
-    meta, train, val = dataset.read(folder)
+    meta, data = dataset.read(folder)
     tokenizer = tokenizers.from_json(meta.tokenizer, "meta")
-    return tokenizers.decode(tokenizer, train.tolist()), tokenizers.decode(tokenizer, val.tolist())
+    return tuple(tokenizers.decode(tokenizer, data[name].tolist()) for name in dataset.SPLITS)
 
 
 @pytest.mark.parametrize("kind", ["char", "byte"])
@@ -32,7 +30,7 @@ def decoded(folder: Path) -> tuple[str, str]:
 def test_own_text_decodes_back_split_at_90_percent(
     folder, text, call, monkeypatch, kind, chunk_bytes
 ):
-    monkeypatch.setattr(prepare, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", chunk_bytes)
     text = text[:2000] + "\r\nend"
     Path("in.txt").write_bytes(text.encode())
     code, out, err = call("prepare", "mine", "--input=in.txt", f"--tokenizer={kind}")
@@ -70,7 +68,7 @@ def test_another_datasets_tokenizer_is_reused(folder, call):
     Path("c.txt").write_text("abcXYZX" * 3)
     call("prepare", "a", "--input=a.txt")
     code, _, _ = call("prepare", "b", "--input=b.txt", "--tokenizer=data/a/meta.json")
-    assert code == 0 and dataset.read(folder / "data/b")[1][:3].tolist() == [9, 8, 7]
+    assert code == 0 and dataset.read(folder / "data/b")[1]["train"][:3].tolist() == [9, 8, 7]
     code, _, err = call("prepare", "c", "--input=c.txt", "--tokenizer=data/a/meta.json")
     assert code == 2 and "'X' (U+0058), 'Y' (U+0059), 'Z' (U+005A)" in err
     assert not Path("data/c").exists()
@@ -80,8 +78,8 @@ def test_another_datasets_tokenizer_is_reused(folder, call):
     ("data", "argv", "complaint"),
     [
         (None, ["mine", "--input=in.txt"], "in.txt: No such file"),
-        (b"", ["mine", "--input=in.txt"], "in.txt is empty"),
-        (b"a", ["mine", "--input=in.txt"], "too short"),
+        (b"", ["mine", "--input=in.txt"], "in.txt: empty"),
+        (b"a", ["mine", "--input=in.txt"], "cannot be split"),
         (b"abc\xe9def", ["mine", "--input=in.txt"], "not UTF-8: byte 3"),
         (b"x" * 5000 + b"\xff", ["mine", "--input=in.txt"], "byte 5,000"),
         (b"abcde\xe2\x82", ["mine", "--input=in.txt"], "not UTF-8: byte 5"),
@@ -92,7 +90,7 @@ def test_another_datasets_tokenizer_is_reused(folder, call):
         (b"abc", ["--dataset=", "--input=in.txt"], "plain folder name"),
         (b"abc", ["mine", "--input=in.txt", "--tokenizer=words"], "use char, byte, gpt2"),
         (b"abc", ["mine", "--input=in.txt", "--tokenizer=x/meta.json"], "x/meta.json: No such"),
-        (b"abc", ["mine", "--input=."], ".: Is a directory"),
+        (b"abc", ["mine", "--input=*.md"], "no file matches"),
         (b"abc", ["mine", "--input=/dev/null"], "read twice"),
         (b"abc", ["mine", "yours", "--input=in.txt"], "one dataset at a time"),
     ],
@@ -100,7 +98,7 @@ def test_another_datasets_tokenizer_is_reused(folder, call):
 def test_wrong_input_is_one_line_and_leaves_nothing(
     folder, call, monkeypatch, data, argv, complaint
 ):
-    monkeypatch.setattr(prepare, "CHUNK_BYTES", 6)
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 6)
     if data is not None:
         Path("in.txt").write_bytes(data)
     code, out, err = call("prepare", *argv)
@@ -120,119 +118,9 @@ def test_a_full_disk_is_one_line_and_keeps_the_dataset(folder, call):
     assert decoded(folder / "data/mine") == before
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """Answers with what the path asks for; `hits` counts requests by path."""
-
-    body = b"the right text"
-    hits: dict[str, int]
-    bodies = {  # noqa: RUF012
-        "/html": b"<html>sign in</html>",
-        "/long": body * 1000,
-        "/wrong": b"the wrong text",
-        "/cut": body[:5],
-        "/stall": body[:5],
-    }
-
-    def do_GET(self):
-        self.hits[self.path] = self.hits.get(self.path, 0) + 1
-        is_flaky_now = self.path == "/flaky" and self.hits[self.path] < 3
-        if self.path == "/error" or is_flaky_now:
-            return self.send_error(500)
-        if self.path in ("/moved", "/circle"):
-            self.send_response(302)
-            self.send_header("Location", "/good" if self.path == "/moved" else "/circle")
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        self.send_response(200)
-        if self.path == "/endless":
-            self.end_headers()
-            return self.go_on_and_on()
-        promised = {"/more": len(self.body) + 7, "/less": 5, "/long": 14_000}
-        self.send_header("Content-Length", str(promised.get(self.path, len(self.body))))
-        self.end_headers()
-        if self.path == "/drip":
-            return self.drip()
-        self.wfile.write(self.bodies.get(self.path, self.body))
-        if self.path == "/stall":
-            self.server.is_over.wait(5)
-
-    def drip(self):
-        """A byte now and then, so that no single wait is long."""
-        for byte in self.body:
-            if self.server.is_over.wait(0.1):
-                return
-            with contextlib.suppress(OSError):  # the client may have left
-                self.wfile.write(bytes([byte]))
-                self.wfile.flush()
-
-    def go_on_and_on(self):
-        with contextlib.suppress(OSError):
-            while not self.server.is_over.is_set():
-                self.wfile.write(bytes(1 << 16))
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(prepare, "TIMEOUT_SECONDS", 0.3)
-    monkeypatch.setattr(prepare, "DOWNLOAD_SECONDS", 0.4)
-    Server.hits = {}
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as httpd:
-        httpd.is_over = threading.Event()
-        threading.Thread(target=httpd.serve_forever, args=[0.01], daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.is_over.set()
-        httpd.shutdown()
-
-
-def fetch(server, *paths):
-    sha256 = hashlib.sha256(Server.body).hexdigest()
-    urls = [server + path for path in paths]
-    prepare.download(urls, Path("got.txt"), len(Server.body), sha256, wait_seconds=0)
-
-
-BAD = ["/error", "/html", "/long", "/wrong", "/cut", "/more", "/less", "/stall", "/drip", "/circle"]
-
-
-@pytest.mark.parametrize("bad", BAD)
-def test_download_takes_the_second_address_when_the_first_is_bad(folder, server, bad):
-    fetch(server, bad, "/good")
-    assert Path("got.txt").read_bytes() == Server.body
-
-
-def test_download_tries_again(folder, server):
-    fetch(server, "/flaky")
-    assert Path("got.txt").read_bytes() == Server.body and Server.hits == {"/flaky": 3}
-
-
-def test_download_reads_a_byte_too_much_at_most(folder, server, monkeypatch):
-    sizes = []
-    monkeypatch.setattr(prepare, "show_progress", lambda what, done, total: sizes.append(done))
-    with pytest.raises(RunError):
-        fetch(server, "/endless")
-    assert max(sizes) == len(Server.body) + 1
-
-
-def test_download_follows_a_redirect(folder, server):
-    fetch(server, "/moved")
-    assert Path("got.txt").read_bytes() == Server.body
-
-
-@pytest.mark.parametrize("bad", BAD)
-def test_a_bad_download_never_gets_the_final_name(folder, server, bad):
-    Path("got.txt").write_text("what was there")
-    with pytest.raises(RunError, match=f"{bad}.*--input=FILE"):
-        fetch(server, bad)
-    assert [p.name for p in folder.iterdir()] == ["got.txt"]
-    assert Path("got.txt").read_text() == "what was there"
-    assert Server.hits[bad] >= prepare.ATTEMPTS
-
-
 def test_without_a_network_the_error_names_the_ways_on(folder, call, monkeypatch):
     monkeypatch.setattr(prepare, "SHAKESPEARE_URLS", ("http://127.0.0.1:9/x",))
-    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     code, _, err = call("prepare")
     assert code == 1 and is_one_error_line(err)
     assert "--input=FILE" in err and "data/tinyshakespeare.txt" in err
@@ -240,7 +128,7 @@ def test_without_a_network_the_error_names_the_ways_on(folder, call, monkeypatch
 
 def test_a_text_put_in_place_is_used_and_a_wrong_one_is_not(folder, call, monkeypatch):
     monkeypatch.setattr(prepare, "SHAKESPEARE_URLS", ("http://127.0.0.1:9/x",))
-    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     body = b"To be, or not to be"
     monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", hashlib.sha256(body).hexdigest())
     Path("data").mkdir()
@@ -255,11 +143,11 @@ def test_a_file_that_changes_while_it_is_read_is_refused(folder, call, monkeypat
     Path("in.txt").write_text("hello world, how are you")
     survey = prepare.survey
 
-    def then_grow(path):
-        text = survey(path)
-        with path.open("a") as file:
+    def then_grow(texts):
+        found = survey(texts)
+        with texts.files[0].open("a") as file:
             file.write(" you")
-        return text
+        return found
 
     monkeypatch.setattr(prepare, "survey", then_grow)
     code, _, err = call("prepare", "mine", "--input=in.txt")

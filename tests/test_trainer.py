@@ -9,7 +9,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import TINY, is_one_error_line
@@ -262,8 +261,8 @@ def test_masked_accumulation_equals_one_big_batch(tiny, monkeypatch):
     """The micro-steps hold 61, 3, ... targets that count: a mean of means would be wrong."""
     windows = dataset.Split.windows
 
-    def masked(self, starts, block_size):
-        idx, targets = windows(self, starts, block_size)
+    def masked(self, starts):
+        idx, targets = windows(self, starts)
         rows = torch.from_numpy(starts)[:, None]
         return idx, targets.masked_fill((idx * 7 + rows) % 64 < rows % 64, -1)
 
@@ -280,8 +279,7 @@ def test_masked_accumulation_equals_one_big_batch(tiny, monkeypatch):
 
 def test_the_loss_of_a_step_is_the_mean_over_its_targets(tiny):
     run = trainer()
-    starts = dataset.train_starts(len(run.train_split), 16, 8, 1337, 0)
-    idx, targets = run.train_split.windows(starts, 16)
+    idx, targets = run.train_split.windows(run.train_split.train_starts(8, 1337, 0))
     expected = run.model(idx, targets)[1].item()
     assert run.train_step()[0].item() == pytest.approx(expected, rel=1e-6)
 
@@ -493,7 +491,7 @@ def test_a_slow_run_on_a_cpu_says_so_at_its_first_log_line(tiny, call, monkeypat
 
 def test_val_loss_is_the_mean_over_every_val_token_but_the_first(tiny):
     run = trainer()
-    val = torch.from_numpy(run.val_split.ids.astype(np.int64))
+    val = run.val_split.ids.long()
     total = 0.0
     for start in range(0, len(val) - 1, 16):
         window = val[start : start + 17]
@@ -513,7 +511,7 @@ def test_a_large_val_split_is_evaluated_in_part(tiny, monkeypatch):
     run = trainer("--eval_iters=5")
     seen = []
     windows = run.val_split.windows
-    run.val_split.windows = lambda starts, n: seen.extend(starts.tolist()) or windows(starts, n)
+    run.val_split.windows = lambda starts: seen.extend(starts.tolist()) or windows(starts)
     run.evaluate()
     assert len([start for start in seen if start < len(run.val_split)]) == 5
 

@@ -1,0 +1,249 @@
+"""Texts to read: a file, a folder or a pattern of files, as documents in pieces of any size.
+
+*.txt, any other name     one document
+*.jsonl                   a document a line, {"text": ...}, or {"prompt": ..., "completion": ...}
+*.parquet                 a document a row, of the column `text`
+*.txt.gz, *.jsonl.gz      the same, unpacked on the way
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import dataclasses
+import glob
+import gzip
+import hashlib
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from errors import InputError
+from files import sha256_of, show_progress
+from tokenizer import code_points
+
+CHUNK_BYTES = 1 << 20
+LONGEST_LINE = 1 << 28  # bytes of a .jsonl file
+ROWS_AT_ONCE = 1000  # of a .parquet file
+IN_FOLDERS = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
+
+
+class Section(NamedTuple):
+    """A document is a list of these: one, or a prompt and its completion."""
+
+    texts: Iterable[str]  # in pieces, to be read before the next section is asked for
+    has_loss: bool
+
+
+class Corpus:
+    """Files that are read from the first to the last, as often as wanted."""
+
+    def __init__(self, name: str):
+        """name: a file, a folder with everything below it, or a pattern such as books/*.txt."""
+        self.files = _find(name)
+        self.is_one_text = len(self.files) == 1 and _kind(self.files[0]) == "txt"
+        self.n_bytes = sum(map(_size, self.files))
+        self.n_documents = self.n_chars = 0  # read in the latest pass
+
+    def documents(self, doing: str) -> Iterator[list[Section]]:
+        """Raises InputError for the first file, or line of it, that is not what it should be."""
+        self.n_documents = self.n_chars = 0
+        n_before = 0
+        for path in self.files:
+            show = partial(self._show, doing, path, n_before)
+            for document in _READERS[_kind(path)](path, show):
+                self.n_documents += 1
+                yield [Section(self._counted(texts), has_loss) for texts, has_loss in document]
+            n_before += _size(path)
+
+    def _show(self, doing: str, path: Path, n_before: int, n_bytes: int) -> None:
+        show_progress(f"{doing} {path}", n_before + n_bytes, self.n_bytes)
+
+    def _counted(self, texts: Iterable[str]) -> Iterator[str]:
+        for text in texts:
+            self.n_chars += len(text)
+            yield text
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a first pass over a corpus finds out."""
+
+    n_documents: int
+    n_chars: int
+    chars: str  # the distinct ones, in code point order
+    has_prompts: bool
+    sha256: str  # of the file; of the files' digests where there are several
+
+
+def survey(corpus: Corpus) -> Survey:
+    """Raises InputError for an empty corpus, and for one that is only here and there prompts."""
+    seen = np.zeros(sys.maxunicode + 1, dtype=bool)
+    n_with_prompts = 0
+    for document in corpus.documents("reading"):
+        n_with_prompts += len(document) > 1
+        for section in document:
+            for text in section.texts:
+                seen[code_points(text)] = True
+    name = corpus.files[0] if len(corpus.files) == 1 else f"{len(corpus.files)} files"
+    if corpus.n_chars == 0:
+        raise InputError(f"{name}: empty, there is no text")
+    if 0 < n_with_prompts < corpus.n_documents:
+        raise InputError(
+            f"{name}: {n_with_prompts:,} of {corpus.n_documents:,} documents are a prompt and a "
+            "completion, the others are not: prepare them one by one"
+        )
+    sha256, *others = map(_digest_of, corpus.files)
+    if others:
+        sha256 = hashlib.sha256(" ".join((sha256, *others)).encode()).hexdigest()
+    return Survey(
+        corpus.n_documents,
+        corpus.n_chars,
+        "".join(map(chr, np.flatnonzero(seen))),
+        n_with_prompts > 0,
+        sha256,
+    )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return sha256_of(file, sys.maxsize).hexdigest()
+
+
+def _find(name: str) -> list[Path]:
+    path = Path(name)
+    if path.is_dir():
+        found = [p for p in path.rglob("*") if p.name.endswith(IN_FOLDERS) and p.is_file()]
+        found = [p for p in found if not re.search(r"(^|/)\.", p.relative_to(path).as_posix())]
+        wanted = f"no {', '.join(IN_FOLDERS)} in it"
+    elif not path.exists() and glob.has_magic(name):
+        matches = glob.glob(name, recursive=True)  # noqa: PTH207 (Path's takes no absolute pattern)
+        found = [Path(match) for match in matches if Path(match).is_file()]
+        wanted = "no file matches"
+    else:
+        return [path]
+    if not found:
+        raise InputError(f"input={name}: {wanted}")
+    return sorted(found)
+
+
+# ---- one reader for each kind of file ----------------------------------------------------------
+# Each yields documents, as lists of (texts, has_loss), and calls `show` with the bytes it has read.
+
+
+def _kind(path: Path) -> str:
+    name = path.name.removesuffix(".gz")
+    return next((kind for kind in ("jsonl", "parquet") if name.endswith(f".{kind}")), "txt")
+
+
+@contextlib.contextmanager
+def _opened(path: Path):
+    """-> the file's contents, and the file itself, which knows how far it has been read."""
+    try:
+        if not path.is_file() and not path.is_dir():
+            raise InputError(f"{path} is not a file that can be read twice; save it to one first")
+        raw = path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    with raw:
+        try:
+            yield (gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw), raw
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise InputError(f"{path} cannot be unpacked ({error}): it is damaged") from None
+
+
+def _read_txt(path: Path, show: Callable) -> Iterator[list]:
+    yield [(_pieces(path, show), True)]
+
+
+def _pieces(path: Path, show: Callable) -> Iterator[str]:
+    """The file's text; line ends stay as they are."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position = 0
+    with _opened(path) as (file, raw):
+        while True:
+            data = file.read(CHUNK_BYTES)
+            pending = len(decoder.getstate()[0])
+            try:
+                piece = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                offset = position - pending + error.start
+                raise InputError(
+                    f"{path} is not UTF-8: byte {offset:,} is wrong; convert it first"
+                ) from None
+            position += len(data)
+            show(raw.tell())
+            if piece:
+                yield piece
+            if not data:
+                return
+
+
+def _read_jsonl(path: Path, show: Callable) -> Iterator[list]:
+    with _opened(path) as (file, raw):
+        number = 0
+        while line := file.readline(LONGEST_LINE + 1):
+            number += 1
+            if not line.isspace():
+                try:
+                    document = _document(line)
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"{path}, line {number}: {error}") from None
+                if document:
+                    yield document
+            show(raw.tell())
+
+
+def _document(line: bytes) -> list:
+    """Nothing for an empty text; raises ValueError when the line is no document."""
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"longer than {LONGEST_LINE:,} bytes")
+    record = json.loads(line)
+    keys = [{"text"}, {"prompt", "completion"}]
+    fields = record.keys() & {*keys[0], *keys[1]} if isinstance(record, dict) else set()
+    if fields not in keys:
+        raise ValueError('neither {"text": ...} nor {"prompt": ..., "completion": ...}')
+    for field in fields:
+        text = record[field]
+        if type(text) is not str or (not text and field != "text"):
+            raise ValueError(f"{field!r} is not a text, or empty")
+        if b"\\u" in line and re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"{field!r} holds half a character (a lone surrogate)")
+    if "text" in fields:
+        return [((record["text"],), True)] if record["text"] else []
+    return [((record["prompt"],), False), ((record["completion"],), True)]
+
+
+def _read_parquet(path: Path, show: Callable) -> Iterator[list]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise InputError(f"{error}; install the extra: pip install '.[data]'") from None
+    with _opened(path) as (file, raw):
+        try:
+            for rows in parquet.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=["text"]):
+                for text in rows.column("text").to_pylist():
+                    if type(text) is not str:
+                        raise InputError(f"{path}: its column text holds {text!r}")
+                    if text:
+                        yield [((text,), True)]
+                show(raw.tell())
+        except (ArrowException, KeyError, OSError) as error:
+            raise InputError(f"{path} is not a table with a column text: {error}") from None
+
+
+_READERS = {"txt": _read_txt, "jsonl": _read_jsonl, "parquet": _read_parquet}
