@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 import runtime
-import tokenizer as tokenizers
 from errors import InputError
 from files import sha256_of, staged
 from model import GPT, GPTConfig
@@ -89,6 +88,13 @@ def _is_whole(path: Path) -> bool:
         digest = sha256_of(file, max(0, n_bytes))
         digest.update(_NO_COMMENT)
         return file.read() == _comment(digest)
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether the file ends as those that `save` writes."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - _COMMENT_BYTES))
+        return file.read(len(_COMMENT)) == _COMMENT
 
 
 def load(path: Path, *, for_resume: bool = False) -> dict:
@@ -210,18 +216,6 @@ def find(out_dir: Path) -> Path:
 def can_resume(out_dir: Path) -> bool:
     """Whether there is anything to resume from, whole or not."""
     return (out_dir / LATEST).exists() or (out_dir / PREVIOUS).exists()
-
-
-def build_model(contents: dict, path: Path) -> tuple[GPT, tokenizers.Tokenizer]:
-    """The checkpoint's model with its weights, and its tokenizer."""
-    try:
-        config = GPTConfig(**contents["model_config"])
-        check_weights(config, contents["model"])
-        model = GPT(config)
-        model.load_state_dict(contents["model"])
-    except MISFITS as error:
-        raise InputError(f"{path}: its weights and its model config disagree: {error}") from None
-    return model, tokenizers.from_json(contents["tokenizer"], str(path))
 
 
 def check_weights(config: GPTConfig, weights: dict) -> None:

@@ -4,6 +4,7 @@ Usage:
     python sample.py --out_dir=out
     python sample.py --out_dir=out --start="ROMEO:" --num_samples=3 --temperature=0.7
     python sample.py --out_dir=out --start=FILE:prompt.txt
+    python sample.py --init_from=gpt2 --start="The meaning of life is"
 """
 
 from __future__ import annotations
@@ -14,15 +15,21 @@ from pathlib import Path
 
 import numpy as np
 
+import dataset
 import settings
 import tokenizer as tokenizers
 from errors import InputError, RunError, run_script, silence_stdout
+from files import dataset_folder
 from settings import DType, option
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
     out_dir: str = option("out", "the run's folder: its best.pt is used, else its ckpt.pt")
+    init_from: str = option(
+        "resume", "resume: out_dir's; gpt2, gpt2-medium, gpt2-large, gpt2-xl; or a path to weights"
+    )
+    dataset: str = option("", "take data/<dataset>'s tokenizer, for weights without one")
     start: str = option("\n", "the prompt, or FILE:path to read it from a file")
     num_samples: int = option(10, "texts to generate, as one batch", min=1, max=10**6)
     max_new_tokens: int = option(500, "tokens in each, beyond the prompt", min=0, max=10**9)
@@ -40,9 +47,10 @@ SEPARATOR = "---------------"
 
 
 class Sample:
-    """One text as its tokens arrive: whole characters only, cut at the stop string."""
+    """One text as its tokens arrive: whole characters only, up to its end or the stop string."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, stop: str):
+        self._end_of_text = tokenizer.end_of_text
         self._decoder = tokenizers.StreamDecoder(tokenizer)
         self._stop = stop
         self._pending = ""  # could still turn out to begin the stop string
@@ -50,6 +58,8 @@ class Sample:
 
     def feed(self, token: int) -> str:
         """-> the text that is now certain to be part of the sample."""
+        if token == self._end_of_text:
+            return self.finish()
         return "" if self.is_done else self._release(self._decoder.feed([token]))
 
     def finish(self) -> str:
@@ -75,20 +85,18 @@ def main(argv: list[str]) -> int:
     config = settings.load(SampleConfig, argv, usage=__doc__)
     prompt = read_prompt(config.start)
     # Here, not at the top: torch takes a second, --help and typos should not.
-    import checkpoint
     import runtime
 
     device = runtime.pick_device(config.device)
-    path = checkpoint.find(Path(config.out_dir))
     sys.stdout.reconfigure(errors="replace")
     with runtime.out_of_memory_advice(f"lower num_samples={config.num_samples}"):
-        model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
+        model, tokenizer = load_model(config)
         model = model.eval().to(device, runtime.pick_dtype(config.dtype, device))
         try:
-            ids = tokenizer.encode(prompt)
+            ids = tokenizers.encode_prompt(tokenizer, prompt)
         except InputError as error:
             raise InputError(
-                f"the prompt does not fit {path}, give another --start: {error}"
+                f"the prompt does not fit this model, give another --start: {error}"
             ) from None
         try:
             with runtime.fast_decoding(model):
@@ -97,6 +105,32 @@ def main(argv: list[str]) -> int:
         except BrokenPipeError:  # the reader, `head` say, has seen enough
             silence_stdout()
     return 0
+
+
+def load_model(config: SampleConfig):
+    """-> the model, and the tokenizer that it came with, or that of a dataset."""
+    import checkpoint
+    import pretrained
+
+    if config.init_from == "resume":
+        loaded = pretrained.from_run(checkpoint.find(Path(config.out_dir)))
+    else:
+        loaded = pretrained.load(config.init_from)
+    tokenizer = loaded.tokenizer
+    if config.dataset:
+        path = dataset_folder(config.dataset) / "meta.json"
+        tokenizer = tokenizers.from_json(dataset.read_meta(path).tokenizer, str(path))
+    if tokenizer is None:
+        raise InputError(
+            f"{config.init_from} comes without a tokenizer: give --dataset=NAME, one that was "
+            "prepared with the same"
+        )
+    if tokenizer.vocab_size > loaded.config.vocab_size:
+        raise InputError(
+            f"dataset {config.dataset!r} has {tokenizer.vocab_size:,} tokens, more than the "
+            f"{loaded.config.vocab_size:,} of the model: it is not what that was trained on"
+        )
+    return loaded.build(), tokenizer
 
 
 def read_prompt(start: str) -> str:

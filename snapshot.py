@@ -100,10 +100,7 @@ def put_back(trainer: Trainer, saved: dict) -> None:
     """Raises InputError when the saved state does not fit the model or its optimizers."""
     try:
         trainer.progress = _progress(saved)
-        named = trainer.model.state_dict()
-        if named.keys() != saved["model"].keys():
-            raise ValueError("its weights are not the model's")
-        _copy([*named.values()], [saved["model"][name] for name in named])
+        put_weights(trainer, saved["model"])
         if trainer.average:  # a run that kept none starts one from its present weights
             params = [parallel.whole(p) for p in trainer.model.parameters()]
             _copy(trainer.average, saved["average"] or params)
@@ -114,6 +111,14 @@ def put_back(trainer: Trainer, saved: dict) -> None:
     except MISFITS as error:
         path = trainer.out_dir / "ckpt.pt"
         raise InputError(f"{path} is not usable for a resume: {error}") from None
+
+
+def put_weights(trainer: Trainer, weights: dict) -> None:
+    """Raises ValueError when they are not those of the trainer's model."""
+    named = trainer.model.state_dict()
+    if named.keys() != weights.keys():
+        raise ValueError("its weights are not the model's")
+    _copy([*named.values()], [weights[name] for name in named])
 
 
 def _progress(saved: dict) -> Progress:

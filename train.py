@@ -3,6 +3,7 @@
 Usage:
     python train.py config/shakespeare_char.py [--key=value ...]
     python train.py --out_dir=out --init_from=resume
+    python train.py config/finetune_shakespeare.py --init_from=gpt2
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from files import locked, run_folder
 from settings import DType, option
 
 if TYPE_CHECKING:
+    from pretrained import Pretrained
     from trainer import Trainer
 
 
@@ -29,8 +31,10 @@ class TrainConfig:
     # files and reporting
     out_dir: str = option("out", "folder for checkpoints and metrics")
     dataset: str = option("openwebtext", "folder below data/ with train.bin, val.bin, meta.json")
-    init_from: Literal["scratch", "resume", "auto"] = option(
-        "scratch", "start fresh or continue ckpt.pt; auto: continue if it is there"
+    init_from: str = option(
+        "scratch",
+        "scratch; resume: continue ckpt.pt; auto: continue if it is there; or start from weights: "
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path to a run's, nanoGPT's, Hugging Face's",
     )
     eval_interval: int = option(2000, "steps between evaluations", min=1)
     eval_iters: int = option(
@@ -147,24 +151,38 @@ def make_trainer(argv: list[str], config: TrainConfig, folder: Path) -> Trainer:
     import runtime
     from trainer import Trainer
 
-    saved = load_saved(folder, config) if parallel.is_main() else None
+    saved = start = base = None
+    if parallel.is_main():
+        saved, start = load_saved(folder, config), load_start(config)
+    # What the command line does not say is as the run had it, or as the weights need it.
     if saved is not None:
-        # What the command line does not say is as the run had it.
         base = saved["config"] | {"out_dir": config.out_dir}  # the folder may have been moved
+    elif start is not None:
+        base = start.options()
+    if base is not None:
         config = settings.load(TrainConfig, argv, usage=__doc__, base=base)
     config = TrainConfig(**parallel.tell(dataclasses.asdict(config)))
     parallel.connect(runtime.pick_device(config.device), config.backend)
-    return Trainer(config, parallel.share(saved))
+    return Trainer(config, parallel.share(saved), start)
 
 
 def load_saved(folder: Path, config: TrainConfig) -> dict | None:
-    """The checkpoint to continue from, None to start from scratch."""
+    """The checkpoint to continue from, None for a new run."""
     import checkpoint
 
     goes_on = config.init_from == "auto" and checkpoint.can_resume(folder)
     if config.init_from == "resume" or goes_on:
         return checkpoint.load_latest(folder, may_move=not config.eval_only)
     return None
+
+
+def load_start(config: TrainConfig) -> Pretrained | None:
+    """The weights that a new run starts from, None for new ones."""
+    if config.init_from in ("scratch", "resume", "auto"):
+        return None
+    import pretrained
+
+    return pretrained.load(config.init_from)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,16 @@ from report import Pace, Report, Silence, loss_line
 from snapshot import Progress
 
 if TYPE_CHECKING:
+    from pretrained import Pretrained
     from train import TrainConfig
 
 
 class Trainer:
-    """One run of a `TrainConfig`, from scratch or from where a checkpoint stopped."""
+    """One run of a `TrainConfig`: new, from given weights, or from where a checkpoint stopped."""
 
-    def __init__(self, config: TrainConfig, saved: dict | None = None):
+    def __init__(
+        self, config: TrainConfig, saved: dict | None = None, start: Pretrained | None = None
+    ):
         self.config = config
         self.is_resumed = self.has_saved = saved is not None
         self.out_dir = run_folder(config.out_dir)
@@ -52,8 +55,11 @@ class Trainer:
         if saved is not None:
             snapshot.check_same_run(self, saved)
 
+        weights = parallel.share(None if start is None else self._start_weights(start))
         torch.manual_seed(config.seed)
         self._build_model()
+        if weights is not None:
+            snapshot.put_weights(self, weights)
         self.optimizers = make_optimizers(self.model, config, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress = Progress()
@@ -104,6 +110,21 @@ class Trainer:
             _, loss_sum = self.forward(idx, targets, reduction="sum")
         loss_sum.backward()
         self.model.zero_grad()
+
+    def _start_weights(self, start: Pretrained) -> dict:
+        """Raises InputError when they are for another tokenizer, or for another model."""
+        config, tokenizer = self.config, start.tokenizer
+        if tokenizer is not None and tokenizer.to_json() != self.meta.tokenizer:
+            raise InputError(
+                f"dataset {config.dataset!r} has another tokenizer than {config.init_from}: "
+                "prepare it with that one, by --tokenizer"
+            )
+        if self.meta.vocab_size > start.config.vocab_size:
+            raise InputError(
+                f"dataset {config.dataset!r} has {self.meta.vocab_size:,} tokens, more than the "
+                f"{start.config.vocab_size:,} of {config.init_from}"
+            )
+        return start.fitted(self.model_config)
 
     def _check_processes(self) -> None:
         """Raises InputError with every option that several processes cannot do."""

@@ -11,6 +11,7 @@ import torch
 from conftest import seal
 
 import checkpoint
+import pretrained
 from errors import InputError
 from model import GPT, GPTConfig
 
@@ -36,8 +37,10 @@ def contents() -> dict:
 def test_round_trip(folder):
     path = Path("best.pt")
     checkpoint.save(path, contents())
-    model, tokenizer = checkpoint.build_model(checkpoint.load(path), path)
-    assert model.config.n_embd == 4 and tokenizer.chars == "ab"
+    loaded = pretrained.from_run(path)
+    assert loaded.config.n_embd == 4 and loaded.tokenizer.chars == "ab"
+    for name, p in loaded.build().state_dict().items():
+        assert (p == checkpoint.load(path)["model"][name]).all()
 
 
 def test_best_comes_before_last(folder):
@@ -153,9 +156,10 @@ def test_what_is_not_a_checkpoint_is_refused(folder, how, complaint):
         {"tokenizer": {"kind": "morse"}},
     ],
 )
-def test_weights_that_do_not_fit_their_config_are_refused(changes):
+def test_weights_that_do_not_fit_their_config_are_refused(folder, changes):
+    checkpoint.save(Path("x.pt"), contents() | changes)
     with pytest.raises(InputError, match=r"x\.pt"):
-        checkpoint.build_model(contents() | changes, Path("x.pt"))
+        pretrained.from_run(Path("x.pt"))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

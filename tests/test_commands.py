@@ -118,7 +118,9 @@ def test_a_reader_that_leaves_early(tiny, call):
 def spoil_ids(name: str):
     path = Path(f"data/tiny/{name}.bin")
     path.write_bytes(b"\xff" * path.stat().st_size)
-    edit_meta("data/tiny", **{f"{name}_sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+    sha256_of = json.loads(Path("data/tiny/meta.json").read_text())["sha256_of"]
+    sha256_of[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit_meta("data/tiny", sha256_of=sha256_of)
 
 
 def flip_a_bit(path: str):
@@ -192,7 +194,7 @@ def write(path: str, content: str | bytes):
         ([], lambda: flip_a_bit("data/tiny/meta.json"), "meta.json"),
         (["--dropout=1.5"], None, "dropout=1.5"),
         (["--batch_size=0"], None, "batch_size=0"),
-        (["--init_from=elsewhere"], None, "init_from: expected 'scratch' or 'resume'"),
+        (["--init_from=elsewhere"], None, "elsewhere: there is no such file or folder"),
     ],
 )
 def test_wrong_input_to_train(tiny, call, argv, damage, complaint):

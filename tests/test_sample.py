@@ -135,7 +135,9 @@ def test_bytes_that_split_a_character_print_right(folder, call):
 
 
 class Letters:
-    """A stand-in tokenizer: token i is the i-th letter."""
+    """A stand-in tokenizer: token i is the i-th letter, 9 the end of a text."""
+
+    end_of_text = 9
 
     def decode_bytes(self, ids):
         return bytes(ord("a") + i for i in ids)
@@ -147,6 +149,12 @@ def test_a_text_is_cut_at_the_stop_string_and_nowhere_else(text, stop):
     out = "".join(cut.feed(ord(char) - ord("a")) for char in text) + cut.finish()
     assert out == (text.split(stop)[0] if stop else text)
     assert not stop or stop in text or out == text
+
+
+def test_a_text_ends_with_its_own_token_and_shows_what_was_held_back():
+    cut = Sample(Letters(), "bc")
+    assert [cut.feed(token) for token in (0, 1, 9, 0)] == ["a", "", "b", ""]
+    assert cut.is_done and cut.finish() == ""
 
 
 def test_the_first_sample_is_shown_while_it_is_made(capsys):
