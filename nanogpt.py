@@ -29,7 +29,8 @@ MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET
 def read_tokenizer(path: Path) -> tokenizers.CharTokenizer:
     """The characters of a meta.pkl; raises InputError when it holds anything but plain values."""
     try:
-        data = path.open("rb").read(_LONGEST_PICKLE + 1)
+        with path.open("rb") as file:
+            data = file.read(_LONGEST_PICKLE + 1)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     try:

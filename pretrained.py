@@ -118,7 +118,9 @@ def load(source: str) -> Pretrained:
         return loaded
     if path.is_dir():
         path = checkpoint.find(path)
-    return from_run(path) if checkpoint.is_sealed(path) else nanogpt.load_checkpoint(path)
+    if path.exists() and not checkpoint.is_sealed(path):
+        return nanogpt.load_checkpoint(path)
+    return from_run(path)
 
 
 def from_run(path: Path) -> Pretrained:
