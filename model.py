@@ -192,17 +192,23 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotary, cache: KVCache | None):
-        B, T, C = x.shape
+    def queries_keys_values(self, x, rotary):
+        """x (B, T, C) -> q and k as they are compared, and v: (B, nh, T, hs) each."""
+        B, T, _ = x.shape
         nh, hs = self.config.n_head, self.config.head_size
-        qkv = self.c_attn(x).view(B, T, 3 * nh, hs)
-        qk, v = qkv.split((2 * nh, nh), dim=2)
+        qk, v = self.c_attn(x).view(B, T, 3 * nh, hs).split((2 * nh, nh), dim=2)
         qk = qk.to(attention_dtype(qk))
         if self.config.qk_norm:  # Henry et al. 2020
             qk = F.rms_norm(qk, (hs,))
         if rotary is not None:
             qk = rotate(qk, rotary)
-        q, k, v = (part.transpose(1, 2) for part in (*qk.chunk(2, dim=2), v))  # (B, nh, T, hs)
+        q, k = qk.chunk(2, dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(self, x, rotary, cache: KVCache | None):
+        B, T, C = x.shape
+        q, k, v = self.queries_keys_values(x, rotary)
+        dtype = v.dtype
         mask = None
         if cache is not None:
             mask = cache.mask(T)
@@ -215,7 +221,7 @@ class CausalSelfAttention(nn.Module):
             is_causal=mask is None and T > 1,
             dropout_p=self.config.dropout if self.training else 0.0,
         )  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)
+        y = y.transpose(1, 2).reshape(B, T, C).to(dtype)
         return self.resid_dropout(self.c_proj(y))
 
 

@@ -1,7 +1,13 @@
-"""Draw the loss curves of a run.
+"""Draw a run: its losses, and what its model does with a text. No display is needed.
 
 Usage:
-    python plot.py --out_dir=out      writes out/loss.png
+    python plot.py --out_dir=out                      writes out/loss.png, out/attention.png,
+                                                      out/surprise.png, out/neighbours.png
+    python plot.py --out_dir=out --start="ROMEO:"     ... of this text, or FILE:path
+    python plot.py --out_dir=out --pictures=loss      one of them alone
+    python plot.py --out_dir=out-a,out-b              several runs' losses: out-a/losses.png
+
+Beside each PNG there is the same picture as SVG.
 """
 
 from __future__ import annotations
@@ -9,25 +15,61 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import settings
 from errors import InputError, run_script
+from sample import read_prompt
 from settings import option
 
 
 @dataclasses.dataclass(frozen=True)
 class PlotConfig:
-    out_dir: str = option("out", "the run's folder: its metrics.jsonl is read")
+    out_dir: str = option("out", "the run's folder, or several with commas between them")
+    pictures: Literal["all", "loss", "attention", "surprise", "neighbours"] = option(
+        "all", "which to draw"
+    )
+    start: str = option("", "the text to look at, or FILE:path; if empty, the model writes one")
+
+
+# Opaque, so that a dark page does not shine through; an SVG's text remains text.
+STYLE = {
+    **{"savefig.facecolor": "white", "savefig.dpi": 150, "savefig.bbox": "tight", "font.size": 9},
+    **{"svg.fonttype": "none", "svg.hashsalt": "quill", "text.parse_math": False},
+}
 
 
 def main(argv: list[str]) -> int:
     config = settings.load(PlotConfig, argv, usage=__doc__)
-    out_dir = Path(config.out_dir)
-    records = read_metrics(out_dir / "metrics.jsonl")
-    path = out_dir / "loss.png"
-    draw_losses(records, path)
-    print(f"wrote {path}")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise InputError(f"{error}; install the extra: pip install '.[plot]'") from None
+    out_dirs = [Path(name) for name in config.out_dir.split(",")]
+    with matplotlib.rc_context(STYLE):
+        for name, figure in draw(config, out_dirs).items():
+            path = out_dirs[0] / f"{name}.png"
+            figure.savefig(path)
+            # Without the date, the same run gives the same file.
+            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+            print(f"wrote {path} and {path.with_suffix('.svg').name}")
     return 0
+
+
+def draw(config: PlotConfig, out_dirs: list[Path]) -> dict:
+    """-> the figures by name."""
+    figures, is_one = {}, len(out_dirs) == 1
+    if config.pictures in ("all", "loss"):
+        runs = {str(path): read_metrics(path / "metrics.jsonl") for path in out_dirs}
+        figures["loss" if is_one else "losses"] = draw_losses(runs)
+    elif not is_one:
+        raise InputError(f"--pictures={config.pictures} takes one run, not {config.out_dir}")
+    if config.pictures != "loss" and is_one:
+        text = read_prompt(config.start) if config.start else None
+        import pictures  # here, not at the top: torch takes a second
+
+        figures |= pictures.draw(out_dirs[0], text, config.pictures)
+    return figures
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -41,8 +83,9 @@ def read_metrics(path: Path) -> list[dict]:
             record = json.loads(line)
             if record.get("loss", 0) is None:
                 del record["loss"]  # the step's update was skipped
-            losses = [record[name] for name in ("train_loss", "val_loss", "loss") if name in record]
-            if type(record["step"]) is not int or not all(type(loss) is float for loss in losses):
+            names = ("train_loss", "val_loss", "loss", "lr")
+            numbers = [record[name] for name in names if name in record]
+            if type(record["step"]) is not int or not all(type(x) is float for x in numbers):
                 raise ValueError("no step with losses")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise InputError(f"{path}, line {number}: not a line of metrics; remove it") from None
@@ -52,36 +95,45 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
-def draw_losses(records: list[dict], path: Path) -> None:
-    """The batches' losses in grey, the evaluations' as lines, the lowest val loss marked."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(f"{error}; install the extra: pip install '.[plot]'") from None
+def draw_losses(runs: dict[str, list[dict]]):
+    """Above the losses of each run, a star at its lowest val loss; below the learning rates."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    for i, (name, records) in enumerate(runs.items()):
+        color = colormaps["viridis"](0.8 * i / max(1, len(runs) - 1))  # dark to light, in grey too
+        draw_run(above, records, color, f"{name}: " if len(runs) > 1 else "", is_first=i == 0)
+        below.plot(*columns(records, "lr"), color=color)
+    above.set(ylabel="loss (nats per token)")
+    below.set(xlabel="step", ylabel="learning rate")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    above.legend()
+    return figure
+
+
+def draw_run(axes, records: list[dict], color, title: str, is_first: bool) -> None:
     evaluations = [record for record in records if {"train_loss", "val_loss"} <= record.keys()]
-    batches = [record for record in records if "loss" in record]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*columns(batches, "loss"), color="0.7", linewidth=1, label="batch")
-    axes.plot(*columns(evaluations, "train_loss"), "o-", color="tab:blue", label="train")
-    axes.plot(*columns(evaluations, "val_loss"), "o-", color="tab:orange", label="val")
-    best = min(evaluations, key=lambda record: record["val_loss"])
-    axes.annotate(
-        f"{best['val_loss']:.4f} at step {best['step']}",
-        (best["step"], best["val_loss"]),
-        xytext=(-10, 30),
-        textcoords="offset points",
-        ha="right",
-        arrowprops={"arrowstyle": "->"},
+    steps, losses = columns(evaluations, "val_loss")
+    best = losses.index(min(losses))
+    labels = {"loss": "batch", "train_loss": "train"} if is_first else {}
+    styles = {"loss": {"alpha": 0.35, "linewidth": 0.8}, "train_loss": {"linestyle": "--"}}
+    for name, style in styles.items():
+        axes.plot(*columns(records, name), color=color, label=labels.get(name), **style)
+    axes.plot(
+        *(steps, losses, "-*"),
+        **{"color": color, "markevery": [best], "markersize": 14, "markeredgecolor": "white"},
+        label=f"{title}val, best {losses[best]:.4f} at step {steps[best]}",
     )
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
 
 
 def columns(records: list[dict], name: str) -> tuple[list, list]:
-    return [record["step"] for record in records], [record[name] for record in records]
+    """The steps and the values of the records that have such a value."""
+    found = [record for record in records if name in record]
+    return [record["step"] for record in found], [record[name] for record in found]
 
 
 if __name__ == "__main__":
