@@ -182,6 +182,8 @@ class Split:
                 f"block_size={block_size} does not fit {path}, which has {len(ids):,} tokens: "
                 "lower it, or prepare a longer text"
             )
+        # What a sample may begin with: a token, or all of a prompt.
+        self.prompt = ids[: 1 if mask is None else max(1, int(np.argmax(mask != 0)))]
         self.on_device = len(ids) <= MAX_TOKENS_ON_DEVICE
         if self.on_device:
             self._check_range(ids)

@@ -108,7 +108,7 @@ def load(source: str) -> Pretrained:
             f"{source}: there is no such file or folder of weights, and it is none of "
             f"{', '.join(RELEASES)}"
         )
-    # import hf
+    import hf
     import nanogpt  # both know `Pretrained`
 
     if path.suffix == ".safetensors" or (path / "config.json").exists():

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,11 +43,11 @@ class Report:
         self.path = out_dir / "metrics.jsonl"
         self.resumed = resumed
         self.file = None
-        self.dashboards = _open_dashboards(out_dir, config)
+        self.dashboards = _open_dashboards(out_dir, config, resumed)
 
     def evaluation(self, record: dict, is_best: bool) -> None:
         self._write(record)
-        print(loss_line(record) + (", best so far" if is_best else ""), flush=True)
+        print(evaluation_text(record, ", best so far" if is_best else ""), flush=True)
 
     def step(self, record: dict, shows_pace: bool, is_slow_device: bool) -> None:
         """A log line; `shows_pace` is false while the time of a step is still a compiler's."""
@@ -99,8 +100,12 @@ class Report:
         except OSError as error:
             error.filename = str(self.path)
             raise
+        # TensorBoard shows one value of a name at a step, and a log line of the same step has the
+        # rate of the update before.
+        names = {"lr": "next_lr"} if "val_loss" in record else {}
+        known = {names.get(k, k): value for k, value in record.items() if value is not None}
         for dashboard in self.dashboards:
-            dashboard.send(record)
+            dashboard.send(known)
 
 
 class Pace:
@@ -126,6 +131,12 @@ def loss_line(record: dict) -> str:
     return f"step {record['step']}: {losses}"
 
 
+def evaluation_text(record: dict, note: str = "") -> str:
+    """The line of losses, and below it the sample where there is one."""
+    losses = loss_line(record) + note
+    return f"{losses}\n{record['sample']}" if "sample" in record else losses
+
+
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -147,37 +158,59 @@ def _lines_up_to(path: Path, progress: Progress) -> list[bytes]:
 
 
 class WandbDashboard:
-    def __init__(self, config: dict):
-        wandb = _import_extra("wandb")
+    """A resumed run is a second one of the same name there, whose steps go on from the first's."""
+
+    def __init__(self, wandb, out_dir: Path, config: dict):
         names = {"project": config["wandb_project"], "name": config["wandb_run_name"]}
-        self.run = wandb.init(**names, config=config)
+        folder = os.environ.get("WANDB_DIR") or str(out_dir)
+        try:
+            self.run = wandb.init(**names, dir=folder, config=config)
+        except (wandb.Error, ValueError) as error:
+            advice = "WANDB_MODE=offline needs no account"
+            raise InputError(f"wandb_log: {error}; {advice}") from None
+        # Its own count of steps only grows, and two records of one step would become one row.
+        self.run.define_metric("*", step_metric="step")
 
     def send(self, record: dict) -> None:
-        self.run.log(record, step=record["step"])
+        self.run.log(record)
 
     def close(self) -> None:
-        self.run.finish()
+        has_failed = sys.exc_info()[0] is not None  # an error is on its way through here
+        self.run.finish(exit_code=int(has_failed))
 
 
 class TensorboardDashboard:
-    def __init__(self, folder: Path):
-        self.writer = _import_extra("torch.utils.tensorboard").SummaryWriter(str(folder))
+    def __init__(self, tensorboard, folder: Path, config: dict, resumed: Progress | None):
+        # From here on, hide what an earlier run left there, or this one after its checkpoint.
+        step = 0 if resumed is None else resumed.step + 1
+        self.writer = tensorboard.SummaryWriter(str(folder), purge_step=step)
+        self._add_text("config", "\n".join(f"{name} = {v!r}" for name, v in config.items()), step)
 
     def send(self, record: dict) -> None:
         for name, value in record.items():
-            if name != "step" and value is not None:
+            if name == "sample":
+                self._add_text(name, value, record["step"])
+            elif name != "step":
                 self.writer.add_scalar(name, value, record["step"])
+
+    def _add_text(self, name: str, text: str, step: int) -> None:
+        """Indented, or its lines would be joined: texts are shown as Markdown."""
+        self.writer.add_text(name, "    " + text.replace("\n", "\n    "), step)
 
     def close(self) -> None:
         self.writer.close()
 
 
-def _open_dashboards(out_dir: Path, config: dict) -> list:
+def _open_dashboards(out_dir: Path, config: dict, resumed: Progress | None) -> list:
+    """Import all first: when an extra is missing nothing has been written."""
+    wandb = _import_extra("wandb") if config["wandb_log"] else None
+    tensorboard = _import_extra("torch.utils.tensorboard") if config["tensorboard_log"] else None
     dashboards: list = []
-    if config["wandb_log"]:
-        dashboards.append(WandbDashboard(config))
-    if config["tensorboard_log"]:
-        dashboards.append(TensorboardDashboard(out_dir / "tensorboard"))
+    if wandb is not None:
+        dashboards.append(WandbDashboard(wandb, out_dir, config))
+    if tensorboard is not None:
+        folder = out_dir / "tensorboard"
+        dashboards.append(TensorboardDashboard(tensorboard, folder, config, resumed))
     return dashboards
 
 

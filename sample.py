@@ -5,12 +5,15 @@ Usage:
     python sample.py --out_dir=out --start="ROMEO:" --num_samples=3 --temperature=0.7
     python sample.py --out_dir=out --start=FILE:prompt.txt
     python sample.py --init_from=gpt2 --start="The meaning of life is"
+    python sample.py --out_dir=out --interactive
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +44,7 @@ class SampleConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: DType = option("auto", "format of the weights and of matrix products")
     compile: bool = option(False, "torch.compile the reading of a token: for long texts on a GPU")
+    interactive: bool = option(False, "ask for prompts, one text for each; /help lists commands")
 
 
 SEPARATOR = "---------------"
@@ -92,6 +96,12 @@ def main(argv: list[str]) -> int:
     with runtime.out_of_memory_advice(f"lower num_samples={config.num_samples}"):
         model, tokenizer = load_model(config)
         model = model.eval().to(device, runtime.pick_dtype(config.dtype, device))
+        if config.interactive:
+            import chat
+
+            with runtime.fast_decoding(model):
+                chat.run(functools.partial(write, model, tokenizer), config)
+            return 0
         try:
             ids = tokenizers.encode_prompt(tokenizer, prompt)
         except InputError as error:
@@ -149,8 +159,24 @@ def read_prompt(start: str) -> str:
     return text
 
 
-def tokens(model, tokenizer: tokenizers.Tokenizer, ids: np.ndarray, config: SampleConfig):
-    """Yield lists of `num_samples` new tokens, one for each text.
+def write(model, tokenizer, prompt: str, config: SampleConfig, number: int) -> Iterator[str]:
+    """Yield one text in pieces, the prompt first: number 0 is the first that a run shows.
+
+    Raises InputError for a prompt that does not fit the vocabulary.
+    """
+    sample = Sample(tokenizer, config.stop)
+    ids = tokenizers.encode_prompt(tokenizer, prompt)
+    yield prompt
+    one = dataclasses.replace(config, num_samples=1)
+    for [token] in tokens(model, tokenizer, ids, one, first=number):
+        yield sample.feed(token)
+        if sample.is_done:
+            return
+    yield sample.finish()
+
+
+def tokens(model, tokenizer: tokenizers.Tokenizer, ids: np.ndarray, config: SampleConfig, first=0):
+    """Yield lists of `num_samples` new tokens, one for each text from number `first` on.
 
     Text i has random numbers of its own, drawn from (seed, i): how many others there are does not
     matter to it.
@@ -162,7 +188,9 @@ def tokens(model, tokenizer: tokenizers.Tokenizer, ids: np.ndarray, config: Samp
 
     device = model.lm_head.weight.device
     idx = torch.from_numpy(ids.astype(np.int64)).to(device).expand(config.num_samples, -1)
-    rngs = [np.random.default_rng([config.seed, i]) for i in range(config.num_samples)]
+    rngs = [
+        np.random.default_rng([config.seed, i]) for i in range(first, first + config.num_samples)
+    ]
     rows = (
         np.array([rng.random(dtype=np.float32) for rng in rngs])
         for _ in range(config.max_new_tokens)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -39,6 +40,9 @@ class TrainConfig:
     eval_interval: int = option(2000, "steps between evaluations", min=1)
     eval_iters: int = option(
         200, "windows for the train loss, and for a large val split", min=1, max=10**6
+    )
+    sample_at_eval: int = option(
+        0, "tokens of text to generate at each evaluation; 0: none", min=0, max=10**6
     )
     eval_only: bool = option(False, "evaluate once, print and stop; writes nothing")
     log_interval: int = option(1, "steps between log lines", min=1)
@@ -131,6 +135,7 @@ def run(argv: list[str]) -> int:
     import parallel
     import runtime
 
+    sys.stdout.reconfigure(errors="replace")  # a sample may have characters that it lacks
     with contextlib.ExitStack() as stack:
         if parallel.is_main() and not config.eval_only:
             stack.enter_context(locked(folder))

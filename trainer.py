@@ -24,7 +24,8 @@ from errors import EXIT_DONE, InputError, RunError
 from files import dataset_folder, run_folder
 from model import GPT, GPTConfig, count_parameters
 from optim import learning_rate_at, make_optimizers, set_learning_rate
-from report import Pace, Report, Silence, loss_line
+from report import Pace, Report, Silence, evaluation_text, loss_line
+from sample import SampleConfig, write
 from snapshot import Progress
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Trainer:
         self.keeps_gradients = self.compiles and config.compile_mode == "reduce-overhead"
         if parallel.size() > 1:
             self._check_processes()
-        self.meta, self.train_split, self.val_split = self._open_dataset()
+        self.meta, self.tokenizer, self.train_split, self.val_split = self._open_dataset()
         self.model_config = model_config(config, self.meta.vocab_size)
         if saved is not None:
             snapshot.check_same_run(self, saved)
@@ -141,6 +142,8 @@ class Trainer:
             problems.append("compile_mode=reduce-overhead is for one process")
         if self.shards and config.optimizer == "muon":
             problems.append("Muon needs whole matrices: take optimizer=adamw or parallel=ddp")
+        if self.shards and config.sample_at_eval:
+            problems.append("sample_at_eval needs all of the model in one process: parallel=ddp")
         if self.shards and self.dtype == torch.float16:
             problems.append("parallel=fsdp has no loss scaling: take bfloat16 or float32")
         if problems:
@@ -154,7 +157,8 @@ class Trainer:
         known = self.progress.skipped_steps[: self.config.skip_nonfinite]
         self.bad_steps[: len(known)] = torch.tensor(known, dtype=torch.int64)
 
-    def _open_dataset(self) -> tuple[dataset.Meta, dataset.Split, dataset.Split]:
+    def _open_dataset(self):
+        """-> (meta, tokenizer, train split, val split)"""
         folder = dataset_folder(self.config.dataset)
         if parallel.is_first_here():
             meta, data = dataset.read(folder)
@@ -169,7 +173,7 @@ class Trainer:
                 f"{folder / 'meta.json'}: vocab_size={meta.vocab_size}, but its tokenizer has "
                 f"{tokenizer.vocab_size}; prepare the dataset again"
             )
-        splits = (
+        train, val = (
             dataset.Split(
                 data[name],
                 data.get(f"{name}.mask"),
@@ -180,7 +184,7 @@ class Trainer:
             )
             for name in dataset.SPLITS
         )
-        return meta, *splits
+        return meta, tokenizer, train, val
 
     # ---- one step ------------------------------------------------------------------------------
 
@@ -304,7 +308,10 @@ class Trainer:
             torch._foreach_copy_(weights, latest)
 
     def evaluate(self) -> dict:
-        """Nats a token on both splits: the same weights always give the same numbers."""
+        """Nats a token on both splits, and a text where the main process is to make one.
+
+        The same weights always give the same numbers.
+        """
         is_small = len(self.val_split) <= dataset.MAX_TOKENS_EVALUATED_WHOLE
         record = {
             "step": self.progress.step,
@@ -313,7 +320,18 @@ class Trainer:
         }
         if not all(map(math.isfinite, record.values())):
             raise RunError(f"{loss_line(record)}: not finite, nothing saved; lower learning_rate")
+        if self.config.sample_at_eval and parallel.is_main():
+            record["sample"] = self._sample()
         return record
+
+    def _sample(self) -> str:
+        """A text that begins as the val split does, by random numbers from (seed, step) alone."""
+        config = SampleConfig(max_new_tokens=self.config.sample_at_eval, seed=self.config.seed)
+        prompt = tokenizers.decode(self.tokenizer, self.val_split.prompt.tolist())
+        self.model.eval()
+        text = "".join(write(self.model, self.tokenizer, prompt, config, self.progress.step))
+        self.model.train()
+        return text
 
     @torch.no_grad()
     def _mean_loss(self, split: dataset.Split, whole: bool) -> float:
@@ -343,7 +361,7 @@ class Trainer:
         """-> exit code. Raises InputError or RunError for what the user can mend."""
         if self.config.eval_only:
             with self.averaged_weights():
-                self._say(loss_line(self.evaluate()))
+                self._say(evaluation_text(self.evaluate()))
             return EXIT_DONE
         self._announce()
         if parallel.is_main():

@@ -62,8 +62,9 @@ def assert_works_or_refuses(call, script: str, argv: list[str]) -> int:
 
 # A large number is a good value for these, of which the run would take hours.
 UNENDING = {"max_iters", "batch_size", "gradient_accumulation_steps", "n_layer", "num_samples"}
-UNENDING |= {"max_new_tokens", "eval_iters", "skip_nonfinite"}
-UNTOUCHED = {"compile", "compile_mode", "wandb_log"}  # minutes to compile, a network
+UNENDING |= {"max_new_tokens", "eval_iters", "skip_nonfinite", "sample_at_eval"}
+# Minutes to compile, a network, a terminal.
+UNTOUCHED = {"compile", "compile_mode", "wandb_log", "interactive"}
 NUMBERS = ["0", "1", "2", "3", "7", "-1", "0.5", "1e-3", "1e400", "-inf", "nan", "1_0", "٣", "0x10"]
 LARGE = ["1000000", "9" * 30, "1e30"]
 WORDS = ["", " ", "true", "False", "none", "[]", "é", "a/b", "..", "../up", "x" * 300, "~", "$HOME"]

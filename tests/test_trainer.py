@@ -147,7 +147,7 @@ def test_evaluating_does_not_touch_the_training(tiny, call):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--optimizer=adamw"],
+        ["--average_decay=0.5", "--sample_at_eval=20"],
         ["--optimizer=muon", "--position=rotary", "--norm=rmsnorm", "--average_decay=0.9"],
         ["--dtype=bfloat16"],
         ["--dtype=float16"],
@@ -506,6 +506,19 @@ def test_evaluation_does_not_depend_on_the_batch_size(tiny):
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
+def test_samples_at_evaluations_change_nothing_else(tiny, call):
+    flags = [*TINY, *DROPOUT, "--vocab_multiple=64"]
+    call("train", *flags, "--out_dir=a")
+    out = call("train", *flags, "--out_dir=b", "--sample_at_eval=30")[1]
+    assert same(weights("a/ckpt.pt"), weights("b/ckpt.pt"))
+    lines = metrics("b/metrics.jsonl")
+    samples = [line.pop("sample") for line in lines if "val_loss" in line]
+    assert lines == metrics("a/metrics.jsonl")
+    assert len(set(samples)) == 5 and all(len(s) == 31 and f"\n{s}\n" in out for s in samples)
+    out = call("train", "--out_dir=b", "--init_from=resume", "--eval_only=true")[1]
+    assert out.endswith(f"\n{samples[-1]}\n")
+
+
 def test_a_large_val_split_is_evaluated_in_part(tiny, monkeypatch):
     monkeypatch.setattr(dataset, "MAX_TOKENS_EVALUATED_WHOLE", 100)
     run = trainer("--eval_iters=5")
@@ -593,23 +606,6 @@ def test_padded_vocabulary(tiny, call):
     saved = torch.load("out/ckpt.pt", weights_only=True)
     assert saved["model_config"]["vocab_size"] == 64 > len(saved["tokenizer"]["chars"])
     assert call("train", "--init_from=resume", "--max_iters=8")[0] == 0
-
-
-def test_tensorboard_gets_the_metrics(tiny, call):
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert call("train", *TINY, "--tensorboard_log=true")[0] == 0
-    written = events.EventAccumulator("out/tensorboard")
-    written.Reload()
-    val = [(event.step, event.value) for event in written.Scalars("val_loss")]
-    expected = [(line["step"], line["val_loss"]) for line in metrics() if "val_loss" in line]
-    assert [step for step, _ in val] == [step for step, _ in expected]
-    assert [value for _, value in val] == pytest.approx([value for _, value in expected])
-
-
-def test_a_missing_extra_names_its_install_command(tiny, call, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    code, _, err = call("train", *TINY, "--wandb_log=true")
-    assert code == 2 and "pip install '.[track]'" in err
 
 
 def test_the_average_is_what_is_evaluated_and_kept_as_best(tiny, call):
