@@ -219,13 +219,19 @@ def can_resume(out_dir: Path) -> bool:
 
 
 def check_weights(config: GPTConfig, weights: dict) -> None:
-    """Raises ValueError when they are not those of such a model; allocates nothing of its size."""
-    # Whatever it claims: a layer has at least four tensors.
-    if config.n_layer > len(weights) or config.block_size > _LONGEST_BLOCK:
-        raise ValueError(f"n_layer={config.n_layer}, block_size={config.block_size}")
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in GPT(config).state_dict().items()}
-    if shapes != {name: p.shape for name, p in weights.items()}:
+    """Raises one of `MISFITS` when they are not those of such a model."""
+    if shapes_of(config, len(weights)) != {name: p.shape for name, p in weights.items()}:
         raise ValueError("not the tensors of that model")
     if not all(p.isfinite().all() for p in weights.values()):
         raise ValueError("a weight is not finite")
+
+
+def shapes_of(config: GPTConfig, n_tensors: int) -> dict[str, torch.Size]:
+    """The shapes of such a model's state_dict, whatever it claims: nothing is allocated.
+
+    n_tensors: how many there are to be; a layer has at least four. Raises one of `MISFITS`.
+    """
+    if config.n_layer > n_tensors or config.block_size > _LONGEST_BLOCK:
+        raise ValueError(f"n_layer={config.n_layer}, block_size={config.block_size}")
+    with torch.device("meta"):
+        return {name: p.shape for name, p in GPT(config).state_dict().items()}

@@ -106,7 +106,7 @@ class BPETokenizer:
             raise ValueError("its tokens are not distinct, or lack one of the 256 bytes")
         if b"" in distinct or len({*special}) < len(special):
             raise ValueError("it has an empty token, or the same special token twice")
-        self._tokens, self._special = tokens, special
+        self.tokens, self.special = tokens, special
         self.vocab_size = len(tokens) + len(special)
         self.end_of_text = (
             len(tokens) + special.index(END_OF_TEXT) if END_OF_TEXT in special else None
@@ -154,8 +154,8 @@ class BPETokenizer:
         return self._encoding.decode_bytes(list(ids))
 
     def to_json(self) -> dict:
-        words = " ".join(base64.b64encode(token).decode("ascii") for token in self._tokens)
-        return {"kind": "gpt2", "tokens": words, "special": self._special}
+        words = " ".join(base64.b64encode(token).decode("ascii") for token in self.tokens)
+        return {"kind": "gpt2", "tokens": words, "special": self.special}
 
 
 Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer
