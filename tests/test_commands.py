@@ -55,7 +55,7 @@ compile = False
 """
 
 
-@pytest.mark.parametrize("script", ["prepare", "train", "sample", "bench", "plot"])
+@pytest.mark.parametrize("script", ["prepare", "train", "sample", "bench", "plot", "hf"])
 def test_help_is_quick_and_complete(folder, script):
     seconds = []
     for _ in range(3):
