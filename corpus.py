@@ -1,9 +1,11 @@
 """Texts to read: a file, a folder or a pattern of files, as documents in pieces of any size.
 
-*.txt, any other name     one document
-*.jsonl                   a document a line, {"text": ...}, or {"prompt": ..., "completion": ...}
-*.parquet                 a document a row, of the column `text`
-*.txt.gz, *.jsonl.gz      the same, unpacked on the way
+The kinds of files:
+
+    *.txt, any other name     one document
+    *.jsonl                   a document a line, {"text": ...}, or {"prompt": ..., "completion": ...}
+    *.parquet                 a document a row, of the column `text`
+    *.txt.gz, *.jsonl.gz      the same, unpacked on the way
 """
 
 from __future__ import annotations
@@ -128,7 +130,11 @@ def _find(name: str) -> list[Path]:
     path = Path(name)
     if path.is_dir():
         found = [p for p in path.rglob("*") if p.name.endswith(IN_FOLDERS) and p.is_file()]
-        found = [p for p in found if not re.search(r"(^|/)\.", p.relative_to(path).as_posix())]
+        found = [
+            p
+            for p in found
+            if _size(p) > 0 and not re.search(r"(^|/)\.", p.relative_to(path).as_posix())
+        ]
         wanted = f"no {', '.join(IN_FOLDERS)} in it"
     elif not path.exists() and glob.has_magic(name):
         matches = glob.glob(name, recursive=True)  # noqa: PTH207 (Path's takes no absolute pattern)

@@ -96,7 +96,7 @@ def from_text(config: PrepareConfig) -> Source:
     described = describe(tokenizer, Path(name).name, found.sha256)
     facts = f"{found.n_chars:,} characters ({len(found.chars)} distinct) of {name}"
     if not corpus.is_one_text:
-        facts += f", {found.n_documents:,} documents in {len(corpus.files):,} files"
+        facts += f", {found.n_documents:,} documents"
     return Source(described, tokenize(corpus, found, tokenizer), found.has_prompts, facts)
 
 

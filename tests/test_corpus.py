@@ -49,6 +49,7 @@ def test_documents_are_split_whole_and_end_with_their_own_token(folder, call, ki
         Path("in/c.jsonl.gz").write_bytes(gzip.compress(jsonl(records[5:])))
         Path("in/notes.md").write_text("not one of the texts")
         Path("in/.hidden.txt").write_text("neither")
+        Path("in/empty.txt").touch()
     elif form == "parquet":
         pyarrow = pytest.importorskip("pyarrow")
         from pyarrow import parquet
