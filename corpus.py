@@ -3,7 +3,7 @@
 The kinds of files:
 
     *.txt, any other name     one document
-    *.jsonl                   a document a line, {"text": ...}, or {"prompt": ..., "completion": ...}
+    *.jsonl                   a document a line: {"text": ...} or {"prompt": ..., "completion": ...}
     *.parquet                 a document a row, of the column `text`
     *.txt.gz, *.jsonl.gz      the same, unpacked on the way
 """
@@ -16,6 +16,7 @@ import dataclasses
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -32,8 +33,8 @@ from files import sha256_of, show_progress
 from tokenizer import code_points
 
 CHUNK_BYTES = 1 << 20
-LONGEST_LINE = 1 << 28  # bytes of a .jsonl file
-ROWS_AT_ONCE = 1000  # of a .parquet file
+LONGEST_LINE = 1 << 26  # bytes of a .jsonl file
+ROWS_AT_ONCE = 16  # of a .parquet file
 IN_FOLDERS = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
 
 
@@ -102,9 +103,10 @@ def survey(corpus: Corpus) -> Survey:
             f"{name}: {n_with_prompts:,} of {corpus.n_documents:,} documents are a prompt and a "
             "completion, the others are not: prepare them one by one"
         )
-    sha256, *others = map(_digest_of, corpus.files)
-    if others:
-        sha256 = hashlib.sha256(" ".join((sha256, *others)).encode()).hexdigest()
+    digests = [f"{_kind(path)} {_digest_of(path)}" for path in corpus.files]
+    sha256 = digests[0].split()[1]
+    if len(digests) > 1:
+        sha256 = hashlib.sha256("\n".join(digests).encode()).hexdigest()
     return Survey(
         corpus.n_documents,
         corpus.n_chars,
@@ -129,12 +131,8 @@ def _digest_of(path: Path) -> str:
 def _find(name: str) -> list[Path]:
     path = Path(name)
     if path.is_dir():
-        found = [p for p in path.rglob("*") if p.name.endswith(IN_FOLDERS) and p.is_file()]
-        found = [
-            p
-            for p in found
-            if _size(p) > 0 and not re.search(r"(^|/)\.", p.relative_to(path).as_posix())
-        ]
+        found = [p for p in path.rglob("*") if p.name.lower().endswith(IN_FOLDERS) and p.is_file()]
+        found = [p for p in found if not re.search(r"(^|/)\.", p.relative_to(path).as_posix())]
         wanted = f"no {', '.join(IN_FOLDERS)} in it"
     elif not path.exists() and glob.has_magic(name):
         matches = glob.glob(name, recursive=True)  # noqa: PTH207 (Path's takes no absolute pattern)
@@ -152,7 +150,10 @@ def _find(name: str) -> list[Path]:
 
 
 def _kind(path: Path) -> str:
-    name = path.name.removesuffix(".gz")
+    name = path.name.lower()
+    if name.endswith(".gz") and not name.endswith(IN_FOLDERS):
+        raise InputError(f"{path}: only .txt.gz and .jsonl.gz are unpacked here; unpack it first")
+    name = name.removesuffix(".gz")
     return next((kind for kind in ("jsonl", "parquet") if name.endswith(f".{kind}")), "txt")
 
 
@@ -167,13 +168,15 @@ def _opened(path: Path):
         raise InputError(f"{path}: {error.strerror}") from None
     with raw:
         try:
-            yield (gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw), raw
+            yield (gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw), raw
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise InputError(f"{path} cannot be unpacked ({error}): it is damaged") from None
 
 
 def _read_txt(path: Path, show: Callable) -> Iterator[list]:
-    yield [(_pieces(path, show), True)]
+    pieces = _pieces(path, show)
+    for first in pieces:  # an empty file is no document
+        yield [(itertools.chain([first], pieces), True)]
 
 
 def _pieces(path: Path, show: Callable) -> Iterator[str]:
@@ -191,6 +194,8 @@ def _pieces(path: Path, show: Callable) -> Iterator[str]:
                 raise InputError(
                     f"{path} is not UTF-8: byte {offset:,} is wrong; convert it first"
                 ) from None
+            if position == 0:
+                piece = piece.removeprefix("\ufeff")  # which Windows puts before a text
             position += len(data)
             show(raw.tell())
             if piece:
@@ -222,7 +227,9 @@ def _document(line: bytes) -> list:
     keys = [{"text"}, {"prompt", "completion"}]
     fields = record.keys() & {*keys[0], *keys[1]} if isinstance(record, dict) else set()
     if fields not in keys:
-        raise ValueError('neither {"text": ...} nor {"prompt": ..., "completion": ...}')
+        raise ValueError(
+            f'neither {{"text": ...}} nor {{"prompt": ..., "completion": ...}}, but {record!r:.80}'
+        )
     for field in fields:
         text = record[field]
         if type(text) is not str or (not text and field != "text"):
@@ -244,11 +251,11 @@ def _read_parquet(path: Path, show: Callable) -> Iterator[list]:
             for rows in parquet.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=["text"]):
                 for text in rows.column("text").to_pylist():
                     if type(text) is not str:
-                        raise InputError(f"{path}: its column text holds {text!r}")
+                        raise InputError(f"{path}: its column text holds {text!r:.80}")
                     if text:
                         yield [((text,), True)]
                 show(raw.tell())
-        except (ArrowException, KeyError, OSError) as error:
+        except (ArrowException, ValueError, KeyError, OSError) as error:
             raise InputError(f"{path} is not a table with a column text: {error}") from None
 
 

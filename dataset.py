@@ -12,7 +12,7 @@ Which windows a training step sees depends on (seed, step) alone; see `Windows`.
 
 from __future__ import annotations
 
-import bisect
+import array
 import dataclasses
 import functools
 import hashlib
@@ -31,6 +31,7 @@ SPLITS = ("train", "val")
 MASKS = tuple(f"{split}.mask" for split in SPLITS)
 IGNORE_INDEX = -1  # a target that carries no loss
 
+RECORDS_SCANNED = 1 << 22  # tokens at once
 # Up to this size a split is one int32 tensor on the device; above, it stays memory-mapped.
 MAX_TOKENS_ON_DEVICE = 2**26
 # Up to this size evaluation covers every token of the val split; above, `eval_iters` windows.
@@ -174,7 +175,9 @@ class Split:
 
         self.ids, self.mask, self.vocab_size = ids, mask, vocab_size
         self.block_size, self.device, self.path = block_size, device, path
-        self.records = None if mask is None else record_windows(mask, block_size)
+        self.records, self.n_cut = None, 0
+        if mask is not None:
+            *self.records, self.n_cut = record_windows(mask, block_size)
         if mask is not None and len(self.records[0]) == 0:
             raise InputError(f"{path}: none of its tokens carries loss; prepare the dataset again")
         if mask is None and len(ids) <= block_size:
@@ -183,7 +186,10 @@ class Split:
                 "lower it, or prepare a longer text"
             )
         # What a sample may begin with: a token, or all of a prompt.
-        self.prompt = ids[: 1 if mask is None else max(1, int(np.argmax(mask != 0)))]
+        self.prompt = ids[:1]
+        if mask is not None:
+            first_end = self.records[1][0]
+            self.prompt = ids[: max(1, int(np.argmax(mask[:first_end] != 0)))]
         self.on_device = len(ids) <= MAX_TOKENS_ON_DEVICE
         if self.on_device:
             self._check_range(ids)
@@ -282,23 +288,29 @@ def _epoch(n_windows: int, n_phases: int, seed: int, epoch: int):
     return rng.permutation(n_windows), phase
 
 
-def record_windows(mask: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """-> where windows of whole records begin and end, int64.
+def record_windows(mask: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """-> where windows of whole records begin and end, int64, and how many records are cut.
 
     A record begins where loss ends. One longer than a window is cut into windows side by side, of
     which those without loss are left out.
     """
-    begins = np.flatnonzero((mask[:-1] != 0) & (mask[1:] == 0)) + 1
-    ends = [*begins.tolist(), len(mask)]
-    begins = [0, *begins.tolist()]
-    windows, i = [], 0
+    begins = [np.zeros(1, dtype=np.int64)]
+    for start in range(1, len(mask), RECORDS_SCANNED):  # in slices, to spare the memory
+        part = mask[start - 1 : start + RECORDS_SCANNED]
+        begins.append(np.flatnonzero((part[:-1] != 0) & (part[1:] == 0)) + start)
+    begins = np.concatenate(begins)
+    ends = np.append(begins[1:], len(mask))
+    n_whole = np.searchsorted(ends, begins + block_size + 1, side="right")
+    windows, i = array.array("q"), 0
     while i < len(begins):
-        n_whole = bisect.bisect_right(ends, begins[i] + block_size + 1)
-        if n_whole > i:
-            windows.append((begins[i], ends[n_whole - 1]))
-        else:
-            cuts = range(begins[i], ends[i] - 1, block_size)
-            parts = [(start, min(start + block_size + 1, ends[i])) for start in cuts]
-            windows += [(start, end) for start, end in parts if mask[start + 1 : end].any()]
-        i = max(i + 1, n_whole)
-    return tuple(np.array(windows, dtype=np.int64).reshape(-1, 2).T)
+        if n_whole[i] > i:
+            windows.extend((begins[i], ends[n_whole[i] - 1]))
+            i = n_whole[i]
+            continue
+        for start in range(begins[i], ends[i] - 1, block_size):
+            end = min(start + block_size + 1, ends[i])
+            if mask[start + 1 : end].any():
+                windows.extend((start, end))
+        i += 1
+    starts, ends = np.array(windows, dtype=np.int64).reshape(-1, 2).T
+    return starts.copy(), ends.copy(), int((n_whole <= np.arange(len(begins))).sum())

@@ -40,8 +40,13 @@ def download(
                 try:
                     _fetch(url, part, n_bytes)
                 except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-                    reasons[url] = type(error).__name__
+                    response = getattr(error, "response", None)
+                    status = "" if response is None else f" {response.status_code}"
+                    reasons[url] = type(error).__name__ + status
                     continue
+                except OSError as error:  # of the disk
+                    error.filename = error.filename or str(part)
+                    raise
                 if _is_right(part, n_bytes, sha256):
                     part.replace(path)
                     return
@@ -63,10 +68,11 @@ def _fetch(url: str, part: Path, n_bytes: int) -> None:
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={n_there}-"} if n_there else {})
     deadline = time.monotonic() + PATIENCE_SECONDS + n_bytes / SLOWEST_BYTES_PER_SECOND
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
+        if response.status_code == requests.codes.requested_range_not_satisfiable:
+            part.unlink()  # it goes on from nothing
         response.raise_for_status()
         is_rest = response.status_code == requests.codes.partial_content
         with part.open("ab" if is_rest else "wb") as file:
-            promised = int(response.headers.get("Content-Length", 0)) + file.tell()
             while data := response.raw.read1(min(READ_BYTES, n_bytes + 1 - file.tell())):
                 file.write(data)
                 show_progress(f"downloading {url}", file.tell(), n_bytes)
@@ -74,7 +80,7 @@ def _fetch(url: str, part: Path, n_bytes: int) -> None:
                     raise requests.Timeout
             file.flush()
             os.fsync(file.fileno())
-            if file.tell() < min(promised, n_bytes):
+            if file.tell() < n_bytes:
                 raise requests.ConnectionError("cut off")
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import hf_tokenizer
 import settings
-from errors import InputError, RunError, run_script
-from files import staged
+from errors import InputError, run_script
+from files import locked, staged
 from hf_classes import EMBEDDING, HEAD, MASKS, TRANSPOSED, class_of, gpt2_config, published
 from hf_tokenizer import read_json
 from settings import option
@@ -113,7 +113,10 @@ def open_tensors(path: Path, stack: contextlib.ExitStack) -> dict:
     found = {}
     for file in files:
         try:
+            file.open("rb").close()  # safe_open does not say why it cannot
             handle = stack.enter_context(safetensors.safe_open(file, framework="pt"))
+        except PermissionError as error:
+            raise InputError(f"{file}: {error.strerror}") from None
         except (OSError, safetensors.SafetensorError) as error:
             raise InputError(f"{file} is not a safetensors file, or damaged: {error}") from None
         for name in handle.keys():  # noqa: SIM118, it cannot be iterated
@@ -160,22 +163,23 @@ def read_tensor(name: str, part, path: Path) -> torch.Tensor:
 
 def refuse_to_overwrite(dest: Path) -> None:
     """Raise InputError where there is something else than an earlier export."""
+    safetensors = import_safetensors()
     try:
-        is_empty = all(path.suffix == ".tmp" for path in dest.iterdir())  # or one that was killed
+        names = {path.name for path in dest.iterdir()}
     except FileNotFoundError:
         return
     except OSError as error:
         raise InputError(f"{dest}: {error.strerror}; choose another folder") from None
-    safetensors = import_safetensors()
-    if not is_empty:
-        path = dest / "model.safetensors"
-        with (
-            contextlib.suppress(OSError, safetensors.SafetensorError),
-            safetensors.safe_open(path, framework="pt") as file,
-        ):
-            if file.metadata() == OURS:
-                return
-        raise InputError(f"{dest} is not empty and not an earlier export: choose another folder")
+    if all(name.endswith((".tmp", ".lock")) for name in names):  # of an export that was killed
+        return
+    path = dest / "model.safetensors"
+    with (
+        contextlib.suppress(OSError, safetensors.SafetensorError),
+        safetensors.safe_open(path, framework="pt") as file,
+    ):
+        if file.metadata() == OURS:
+            return
+    raise InputError(f"{dest} is not empty and not an earlier export: choose another folder")
 
 
 def export(model: GPT, tokenizer: Tokenizer, dest: Path) -> str:
@@ -198,16 +202,13 @@ def export(model: GPT, tokenizer: Tokenizer, dest: Path) -> str:
         # The last: a folder without it is not loaded.
         "config.json": {"architectures": [stock.name], **stock.json(model), **shared},
     }
-    dest.mkdir(parents=True, exist_ok=True)
-    with staged(*(dest / part for part in ("model.safetensors", *texts))) as (weights, *files):
+    paths = [dest / part for part in ("model.safetensors", *texts)]
+    with locked(dest), staged(*paths) as (weights, *files):
         is_tied = model.config.tied_head
         tensors = {
             name: p.contiguous() for name, p in stock.tensors(model) if name != HEAD or not is_tied
         }
-        try:
-            safetensors.torch.save_file(tensors, weights.name, metadata=OURS)
-        except safetensors.SafetensorError as error:
-            raise RunError(f"{dest / 'model.safetensors'} cannot be written: {error}") from None
+        weights.write(safetensors.torch.save(tensors, metadata=OURS))
         for file, contents in zip(files, texts.values(), strict=True):
             file.write(json.dumps(contents, indent=1, ensure_ascii=False).encode() + b"\n")
     return stock.name

@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # torch takes a second, a script's --help should not
 SIZES = {"n_positions": "block_size", "vocab_size": "vocab_size"}
 SIZES |= {name: name for name in ("n_layer", "n_head", "n_embd")}
 FIXED = {
-    "model_type": "gpt2",
     "n_inner": None,  # 4 n_embd
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
@@ -56,6 +55,10 @@ def gpt2_config(values: dict) -> GPTConfig:
     """
     from model import GPTConfig
 
+    if values.get("model_type", "gpt2") != "gpt2":
+        raise ValueError(
+            f"model_type={values['model_type']!r:.80}: only GPT-2's models can be read"
+        )
     activation = values.get("activation_function", "gelu_new")
     if activation not in [*ACTIVATIONS]:
         raise ValueError(f"activation_function={activation!r:.80} is none of {[*ACTIVATIONS]}")
@@ -89,6 +92,7 @@ def published(shapes: dict[str, tuple]) -> dict:
 def gpt2_json(model: GPT) -> dict:
     config, names = model.config, {own: name for name, own in ACTIVATIONS.items()}
     return {
+        "model_type": "gpt2",
         **FIXED,
         **{name: getattr(config, own) for name, own in SIZES.items()},
         **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),

@@ -106,13 +106,23 @@ def _refuse_other_rules(spec: dict) -> None:
         ("its pre_tokenizer", cut.get("type"), "ByteLevel"),
         ("add_prefix_space", cut.get("add_prefix_space", True), False),
         ("use_regex", cut.get("use_regex", True), True),
-        ("what it adds", (spec.get("post_processor") or {}).get("special_tokens") or None, None),
+        ("what it adds", _adds(spec.get("post_processor") or {"type": "ByteLevel"}), False),
+        ("truncation", spec.get("truncation"), None),
+        ("ignore_merges", model.get("ignore_merges", False), False),
         ("dropout", model.get("dropout") or None, None),
         ("continuing_subword_prefix", model.get("continuing_subword_prefix") or "", ""),
         ("end_of_word_suffix", model.get("end_of_word_suffix") or "", ""),
     ]:
         if value != needed:
             raise ValueError(f"{name} is {value!r:.80}, not {needed!r}")
+
+
+def _adds(post_processor: dict) -> bool:
+    """Whether it puts tokens around a text."""
+    is_template = post_processor["type"] == "TemplateProcessing"
+    return post_processor["type"] != "ByteLevel" and not (
+        is_template and not post_processor["special_tokens"]
+    )
 
 
 def specification(tokenizer: Tokenizer) -> dict:

@@ -17,7 +17,7 @@ from errors import InputError
 if TYPE_CHECKING:
     from pretrained import Pretrained
 
-_LONGEST_PICKLE = 1 << 26  # bytes; all of Unicode takes less
+_LONGEST_PICKLE = 1 << 22  # bytes; a hundred thousand characters take less
 _CHUNK_TOKENS = 1 << 22
 # What a dict of numbers and texts is pickled to: nothing that looks anything up, or calls it.
 _HARMLESS = """
@@ -39,7 +39,7 @@ def read_tokenizer(path: Path) -> tokenizers.CharTokenizer:
         if not all(type(char) is str and len(char) == 1 for char in chars):
             raise ValueError("its tokens are not single characters")
         return tokenizers.from_json({"kind": "char", "chars": "".join(chars)}, str(path))
-    except (ValueError, TypeError, LookupError, pickle.UnpicklingError) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, pickle.UnpicklingError) as error:
         raise InputError(f"{path} is not nanoGPT's meta.pkl of characters ({error})") from None
 
 

@@ -64,8 +64,11 @@ def encode(tokenizer: tokenizers.Tokenizer, text: str) -> torch.Tensor:
 
 
 def written_by(model: GPT, tokenizer: tokenizers.Tokenizer) -> torch.Tensor:
-    """What the model writes after a line end: such a text fits, whatever its vocabulary is."""
-    start = encode(tokenizer, "\n")
+    """What the model writes after a line end, or what there is like it: such a text always fits."""
+    try:
+        start = encode(tokenizer, "\n")
+    except InputError:
+        start = torch.tensor([tokenizer.end_of_text or 0])
     n = min(MOST_TOKENS - 1, model.config.block_size)
     config = sample.SampleConfig(num_samples=1, max_new_tokens=n, temperature=1.0, top_k=0)
     new = [ids[0] for ids in sample.tokens(model, tokenizer, start.numpy(), config)]

@@ -19,6 +19,7 @@ from typing import Literal
 
 import settings
 from errors import InputError, run_script
+from files import staged
 from sample import read_prompt
 from settings import option
 
@@ -49,9 +50,11 @@ def main(argv: list[str]) -> int:
     with matplotlib.rc_context(STYLE):
         for name, figure in draw(config, out_dirs).items():
             path = out_dirs[0] / f"{name}.png"
-            figure.savefig(path)
-            # Without the date, the same run gives the same file.
-            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+            with staged(path) as (file,):
+                figure.savefig(file, format="png")
+            with staged(path.with_suffix(".svg")) as (file,):
+                # Without the date, the same run gives the same file.
+                figure.savefig(file, format="svg", metadata={"Date": None})
             print(f"wrote {path} and {path.with_suffix('.svg').name}")
     return 0
 
@@ -74,7 +77,7 @@ def draw(config: PlotConfig, out_dirs: list[Path]) -> dict:
 
 def read_metrics(path: Path) -> list[dict]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")  # none, or cut short by a kill
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); check --out_dir") from None
     records = []

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 import dataset
+import hf_tokenizer
 import nanogpt
 import settings
 import tokenizer as tokenizers
@@ -51,7 +52,7 @@ BUILT_IN = {"shakespeare_char": "char", "shakespeare": "gpt2"}  # dataset -> tok
 class PrepareConfig:
     dataset: str = option("shakespeare_char", "folder to make below data/")
     input: str = option("", "text to use: a file, a folder or a pattern; nothing is downloaded")
-    tokenizer: str = option("", "char, byte, gpt2, or a meta.json or meta.pkl to take it from")
+    tokenizer: str = option("", "char, byte, gpt2, or a meta.json, meta.pkl or folder that has it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,8 @@ def from_text(config: PrepareConfig) -> Source:
 
 def from_nanogpt(config: PrepareConfig) -> Source:
     path = Path(config.input)
+    if config.tokenizer:
+        raise InputError(f"tokenizer={config.tokenizer}: {path} has its own; leave it out")
     tokenizer = nanogpt.read_tokenizer(path)
     chunks, sha256 = nanogpt.read_bins(path.parent, tokenizer.vocab_size)
     described = describe(tokenizer, path.parent.name, sha256)
@@ -135,15 +138,33 @@ def choose_tokenizer(name: str, found: Survey, ends_texts: bool) -> tokenizers.T
         return tokenizers.ByteTokenizer(ends_texts)
     if name == "gpt2":
         return tokenizers.BPETokenizer.gpt2()
-    if name.endswith(".json"):
-        tokenizer = tokenizers.from_json(dataset.read_meta(Path(name)).tokenizer, name)
-    elif name.endswith(".pkl"):
-        tokenizer = nanogpt.read_tokenizer(Path(name))
-    else:
-        raise InputError(f"tokenizer={name}: use char, byte, gpt2, or DIR/meta.json of a dataset")
-    tokenizer.encode(found.chars)  # names every character that it lacks
+    tokenizer = read_tokenizer(Path(name))
+    try:
+        tokenizer.encode(found.chars)
+    except InputError as error:
+        raise InputError(f"tokenizer={name}: {error}; --tokenizer=byte lacks nothing") from None
     if ends_texts and tokenizer.end_of_text is None:
         raise InputError(f"tokenizer={name} has no token to end a document with, as is needed here")
+    return tokenizer
+
+
+def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """That of a dataset's meta.json, nanoGPT's meta.pkl, a model's folder or a run's."""
+    if path.name.endswith("meta.json"):
+        return tokenizers.from_json(dataset.read_meta(path).tokenizer, str(path))
+    if path.suffix == ".pkl":
+        return nanogpt.read_tokenizer(path)
+    if not path.is_dir():
+        raise InputError(
+            f"tokenizer={path}: use char, byte, gpt2, a dataset's meta.json, nanoGPT's meta.pkl, "
+            "or the folder of a run or of a Hugging Face model"
+        )
+    tokenizer = hf_tokenizer.read(path)
+    if tokenizer is None:
+        import checkpoint  # these need torch
+        import pretrained
+
+        tokenizer = pretrained.from_run(checkpoint.find(path)).tokenizer
     return tokenizer
 
 
@@ -216,7 +237,8 @@ def batches(documents: Iterable[tuple[str, list[Section]]], tokenizer) -> Iterat
                     yield split, batch
                     batch, n_chars = [], 0
         batch.append((None, has_loss))
-    yield latest, batch
+    if batch:
+        yield latest, batch
 
 
 def in_parallel(function, items: Iterable) -> Iterator:

@@ -48,9 +48,6 @@ RELEASES = {
 }
 URL = "https://huggingface.co/openai-community/{name}/resolve/{revision}/model.safetensors"
 
-# The options of a run that its weights decide.
-DECIDED = {field.name for field in dataclasses.fields(GPTConfig)} - {"vocab_size", "dropout"}
-
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
@@ -65,8 +62,9 @@ class Pretrained:
 
     def options(self) -> dict:
         """The train.py options that such a model has."""
-        options = {name: getattr(self.config, name) for name in DECIDED}
-        return options | {"vocab_multiple": self.config.vocab_size}
+        options = dataclasses.asdict(self.config)
+        del options["dropout"]  # a run's choice
+        return options | {"vocab_multiple": options.pop("vocab_size")}
 
     def fitted(self, config: GPTConfig) -> dict[str, torch.Tensor]:
         """The weights for a model of `config`: its context may be shorter, its vocabulary padded.
@@ -102,23 +100,26 @@ def load(source: str) -> Pretrained:
     """source: a name of `RELEASES`, a run's folder or checkpoint, one of nanoGPT, or a folder or
     .safetensors file of Hugging Face's GPT-2. Raises InputError when it is none of these.
     """
-    path = _released(source) if source in RELEASES else Path(source)
+    import hf
+    import nanogpt  # both know `Pretrained`
+
+    if source in RELEASES:
+        hf.import_safetensors()  # before it is waited for
+        tokenizer = tokenizers.BPETokenizer.gpt2()
+        return dataclasses.replace(hf.load(_released(source)), tokenizer=tokenizer)
+    path = Path(source)
     if not path.exists():
         raise InputError(
             f"{source}: there is no such file or folder of weights, and it is none of "
             f"{', '.join(RELEASES)}"
         )
-    import hf
-    import nanogpt  # both know `Pretrained`
-
-    if path.suffix == ".safetensors" or (path / "config.json").exists():
-        loaded = hf.load(path)
-        if source in RELEASES:
-            loaded = dataclasses.replace(loaded, tokenizer=tokenizers.BPETokenizer.gpt2())
-        return loaded
+    if path.suffix == ".safetensors" or any(path.glob("*.safetensors")):
+        return hf.load(path)
     if path.is_dir():
         path = checkpoint.find(path)
-    if path.exists() and not checkpoint.is_sealed(path):
+        if not path.exists():
+            raise InputError(f"{source} holds neither {path.name} nor a .safetensors file")
+    if not checkpoint.is_sealed(path):
         return nanogpt.load_checkpoint(path)
     return from_run(path)
 
@@ -136,8 +137,8 @@ def from_run(path: Path) -> Pretrained:
 
 
 def _released(name: str) -> Path:
-    """The downloaded file, which is kept in data/."""
-    release, path = RELEASES[name], Path("data", f"{name}.safetensors")
+    """The downloaded file, in a folder of its own: what lies beside it would be read, too."""
+    release, path = RELEASES[name], Path("data", "openai-community", name, "model.safetensors")
     if path.exists():
         with path.open("rb") as file:
             if sha256_of(file, release.n_bytes + 1).hexdigest() == release.sha256:
@@ -145,6 +146,5 @@ def _released(name: str) -> Path:
         raise InputError(f"{path} is not the {name} that was released: remove it")
     url = URL.format(name=name, revision=release.revision)
     advice = f"run the same command again, which goes on from there, or put the file at {path}"
-    path.parent.mkdir(exist_ok=True)
     download((url,), path, release.n_bytes, release.sha256, advice)
     return path

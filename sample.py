@@ -118,18 +118,21 @@ def main(argv: list[str]) -> int:
 
 
 def load_model(config: SampleConfig):
-    """-> the model, and the tokenizer that it came with, or that of a dataset."""
+    """-> the model, and the tokenizer that it came with, or else that of a dataset."""
     import checkpoint
     import pretrained
 
+    given = None
+    if config.dataset:
+        path = dataset_folder(config.dataset) / "meta.json"
+        given = tokenizers.from_json(dataset.read_meta(path).tokenizer, str(path))
     if config.init_from == "resume":
         loaded = pretrained.from_run(checkpoint.find(Path(config.out_dir)))
     else:
         loaded = pretrained.load(config.init_from)
-    tokenizer = loaded.tokenizer
-    if config.dataset:
-        path = dataset_folder(config.dataset) / "meta.json"
-        tokenizer = tokenizers.from_json(dataset.read_meta(path).tokenizer, str(path))
+    if loaded.tokenizer is not None and given is not None:
+        raise InputError(f"dataset={config.dataset}: the model came with a tokenizer; leave it out")
+    tokenizer = loaded.tokenizer or given
     if tokenizer is None:
         raise InputError(
             f"{config.init_from} comes without a tokenizer: give --dataset=NAME, one that was "

@@ -19,6 +19,7 @@ import sys
 import traceback
 import types
 import typing
+from pathlib import Path
 
 from errors import InputError
 
@@ -65,6 +66,11 @@ def load(cls, argv: list[str], *, usage: str, positional: str | None = None, bas
     return cls(**values)
 
 
+def config_files(cls, argv: list[str]) -> list[str]:
+    """Those of a command line, without its flags."""
+    return _split_argv(argv, typing.get_type_hints(cls))[0]
+
+
 def _split_argv(argv, types_of):
     """-> (words, [(name, text)], problems); `--key=value` and `--key value` are the same.
 
@@ -96,6 +102,8 @@ def _read_config_file(path: str) -> dict:
     """The public scalar assignments of a Python file, run in a namespace of its own."""
     if path.startswith("-"):
         raise InputError(f"{path}: options start with two dashes")
+    if Path(path).is_dir():
+        raise InputError(f"{path} is a folder, not a config file; options are --NAME=VALUE")
     try:
         names = runpy.run_path(path)
     except OSError as error:

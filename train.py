@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import settings
-from errors import run_script
-from files import locked, run_folder
+from errors import InputError, run_script
+from files import dataset_folder, locked, run_folder
 from settings import DType, option
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ class TrainConfig:
     dataset: str = option("openwebtext", "folder below data/ with train.bin, val.bin, meta.json")
     init_from: str = option(
         "scratch",
-        "scratch; resume: continue ckpt.pt; auto: continue if it is there; or start from weights: "
-        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path to a run's, nanoGPT's, Hugging Face's",
+        "scratch; resume: go on from ckpt.pt; auto: go on if it is there, else as a config file "
+        "says; or weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path to those of a run, "
+        "of nanoGPT, of Hugging Face",
     )
     eval_interval: int = option(2000, "steps between evaluations", min=1)
     eval_iters: int = option(
@@ -158,7 +159,8 @@ def make_trainer(argv: list[str], config: TrainConfig, folder: Path) -> Trainer:
 
     saved = start = base = None
     if parallel.is_main():
-        saved, start = load_saved(folder, config), load_start(config)
+        saved = load_saved(folder, config)
+        start = None if saved is not None else load_start(argv, config, folder)
     # What the command line does not say is as the run had it, or as the weights need it.
     if saved is not None:
         base = saved["config"] | {"out_dir": config.out_dir}  # the folder may have been moved
@@ -181,13 +183,24 @@ def load_saved(folder: Path, config: TrainConfig) -> dict | None:
     return None
 
 
-def load_start(config: TrainConfig) -> Pretrained | None:
+def load_start(argv: list[str], config: TrainConfig, folder: Path) -> Pretrained | None:
     """The weights that a new run starts from, None for new ones."""
-    if config.init_from in ("scratch", "resume", "auto"):
+    source = config.init_from
+    if source == "auto":  # there is nothing to continue: as the config files say
+        files = settings.config_files(TrainConfig, argv)
+        source = settings.load(TrainConfig, files, usage=__doc__).init_from
+    if source in ("scratch", "auto"):
         return None
+    if folder.resolve() in (Path(source).resolve(), Path(source).resolve().parent):
+        raise InputError(
+            f"out_dir={config.out_dir}: the run would write over {source}, which it starts from; "
+            "choose another folder, or --init_from=resume to go on with that run"
+        )
+    import dataset
     import pretrained
 
-    return pretrained.load(config.init_from)
+    dataset.read(dataset_folder(config.dataset))  # before gigabytes are fetched for nothing
+    return pretrained.load(source)
 
 
 if __name__ == "__main__":

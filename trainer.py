@@ -460,6 +460,8 @@ class Trainer:
             f"model: {self.model.n_parameters():,} parameters on {each}"
             f"{runtime.describe(self.device)}, {str(self.dtype).removeprefix('torch.')}"
         )
+        if n_cut := self.train_split.n_cut:
+            self._say(f"{n_cut:,} pairs are longer than block_size={config.block_size} and cut")
         if self.is_resumed:
             self._say(f"resuming after step {self.progress.step} of {config.max_iters}")
 

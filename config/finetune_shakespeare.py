@@ -3,9 +3,7 @@
 
 init_from = "gpt2"  # n_layer, n_head, n_embd and all else that the weights decide come from them
 dataset = "shakespeare"  # in GPT-2's own tokens
-eval_interval = (
-    5  # it overfits within a few passes over the text: best.pt keeps the lowest val loss
-)
+eval_interval = 5  # it overfits within a few passes: best.pt keeps the lowest val loss
 eval_iters = 40  # windows for the train loss
 log_interval = 1
 always_save_checkpoint = False  # a checkpoint holds three times the weights

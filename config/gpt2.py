@@ -4,7 +4,7 @@
 
 dataset = "corpus"
 eval_interval = 250
-eval_iters = 200  # 2.5 million tokens of each split, spread evenly
+eval_iters = 1000  # a million tokens of each split, spread evenly
 log_interval = 10  # reading a loss makes the GPU wait: not at every step
 
 batch_size = 12  # what 40 GB hold without recomputing activations

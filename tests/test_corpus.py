@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,7 @@ def test_documents_are_split_whole_and_end_with_their_own_token(folder, call, ki
         Path("in/notes.md").write_text("not one of the texts")
         Path("in/.hidden.txt").write_text("neither")
         Path("in/empty.txt").touch()
+        Path("in/z.txt.gz").write_bytes(gzip.compress(b""))
     elif form == "parquet":
         pyarrow = pytest.importorskip("pyarrow")
         from pyarrow import parquet
@@ -126,7 +129,7 @@ def test_wrong_lines_are_named(folder, call, data, complaint):
     assert not list(folder.rglob("*.bin*"))
 
 
-def test_what_cannot_be_unpacked_or_is_no_table_is_named(folder, call, monkeypatch):
+def test_what_cannot_be_unpacked_or_is_no_table_is_named(folder, call):
     Path("a.txt.gz").write_bytes(gzip.compress(b"abc" * 1000)[:-20])
     Path("b.txt.gz").write_bytes(b"not packed at all")
     Path("c.parquet").write_bytes(b"no table")
@@ -138,14 +141,21 @@ def test_what_cannot_be_unpacked_or_is_no_table_is_named(folder, call, monkeypat
 
     parquet.write_table(pyarrow.table({"words": ["a", "b"]}), "d.parquet")
     parquet.write_table(pyarrow.table({"text": ["a", None]}), "e.parquet")
-    for name, complaint in (("c", "no table"), ("d", "no table"), ("e", "holds None")):
+    parquet.write_table(
+        pyarrow.table({"text": pyarrow.array([b"\xff"]).view("string")}), "f.parquet"
+    )
+    Path("g.tar.gz").write_bytes(gzip.compress(b"abc" * 1000))
+    code, _, err = call("prepare", "mine", "--input=g.tar.gz")
+    assert code == 2 and is_one_error_line(err) and "unpack it first" in err
+    cases = [("c", "no table"), ("d", "no table"), ("e", "holds None"), ("f", "no table")]
+    for name, complaint in cases:
         code, _, err = call("prepare", "mine", f"--input={name}.parquet")
         complaint = complaint.replace("no table", "not a table with a column text")
         assert code == 2 and is_one_error_line(err) and complaint in err
 
 
 def test_without_pyarrow_a_table_names_what_to_install(folder, call, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     Path("a.parquet").write_bytes(b"PAR1")
     code, _, err = call("prepare", "mine", "--input=a.parquet")
     assert code == 2 and is_one_error_line(err) and "pip install '.[data]'" in err
@@ -189,10 +199,43 @@ def test_batches_of_any_size_give_the_same_ids(documents, batch_chars, has_promp
             assert tokenizers.decode(tokenizer, ids[mask]) == "".join(d + END for d in expected)
 
 
+def test_a_windows_mark_is_no_character(folder, call):
+    Path("in.txt").write_bytes(b"\xef\xbb\xbfab\r\nab")
+    assert call("prepare", "mine", "--input=in.txt")[0] == 0
+    assert "".join(decoded("data/mine")) == "ab\r\nab"
+
+
+def test_each_file_and_its_kind_count(folder, call):
+    write_texts(Path("in"), ["one ", "two ", "three "])
+    argv = ("prepare", "mine", "--input=in", "--tokenizer=byte")
+    assert call(*argv)[1].startswith("made")
+    Path("in/0002.txt").write_text("four ")
+    assert call(*argv)[1].startswith("made")
+    Path("in/0001.txt").write_bytes(jsonl([{"text": "x"}]))
+    assert call(*argv)[1].startswith("made")
+    Path("in/0001.txt").rename("in/0001.jsonl")
+    assert call(*argv)[1].startswith("made") and call(*argv)[1].startswith("up to date")
+
+
+def test_a_tokenizer_that_cannot_end_documents_is_refused(folder, call):
+    Path("one.txt").write_text("abcdef")
+    call("prepare", "one", "--input=one.txt")
+    write_texts(Path("in"), ["ab", "cd"])
+    code, _, err = call("prepare", "two", "--input=in", "--tokenizer=data/one/meta.json")
+    assert code == 2 and is_one_error_line(err) and "no token to end a document" in err
+
+
+def test_work_is_spread_over_threads_in_order(monkeypatch):
+    monkeypatch.setattr(prepare.os, "cpu_count", lambda: 2)
+    both = threading.Barrier(2, timeout=10)  # passed only by two at the same time
+    assert [*prepare.in_parallel(lambda i: (both.wait(), i)[1], range(8))] == [*range(8)]
+
+
 def test_a_corpus_that_changes_while_it_is_read_is_refused(folder):
     Path("in.jsonl").write_bytes(jsonl([{"text": "abc"}] * 10))
     texts = corpus.Corpus("in.jsonl")
     found = corpus.survey(texts)
-    Path("in.jsonl").write_bytes(jsonl([{"text": "abc"}] * 11))
-    with pytest.raises(InputError, match="changed while it was read"):
-        [*prepare.tokenize(texts, found, tokenizers.CharTokenizer("abc", True))]
+    for n in (11, 0):
+        Path("in.jsonl").write_bytes(jsonl([{"text": "abc"}] * n))
+        with pytest.raises(InputError, match="changed while it was read"):
+            [*prepare.tokenize(texts, found, tokenizers.CharTokenizer("abc", True))]

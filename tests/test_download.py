@@ -38,6 +38,8 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", "/good" if self.path == "/moved" else "/circle")
             self.send_header("Content-Length", "0")
             return self.end_headers()
+        if self.path == "/picky" and self.headers["Range"]:
+            return self.send_error(416)
         if self.path == "/ranges" and self.headers["Range"]:
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
             self.send_response(206)
@@ -95,7 +97,7 @@ def fetch(server, *paths):
     download.download(urls, path, size, sha256, "ask somebody", wait_seconds=0)
 
 
-CUT_OFF = ["/cut", "/stall", "/drip"]  # what has come may be the beginning of the right
+CUT_OFF = ["/cut", "/less", "/stall", "/drip"]  # what has come may be the beginning of the right
 BAD = ["/error", "/html", "/long", "/wrong", "/cut", "/less", "/stall", "/drip", "/circle"]
 
 
@@ -141,12 +143,21 @@ def test_a_download_goes_on_where_another_stopped(folder, server):
     assert not Path("got.txt.part").exists()
 
 
-@pytest.mark.parametrize("path", ["/ranges", "/good"])  # which goes on, or sends all of it again
+# Which goes on, sends all of it again, or refuses to go on.
+@pytest.mark.parametrize("path", ["/ranges", "/good", "/picky"])
 @pytest.mark.parametrize("part", [b"<html>", b"not the right beginning of it", b"the right text"])
 def test_whatever_is_there_the_result_is_right(folder, server, path, part):
     Path("got.txt.part").write_bytes(part)
     fetch(server, path)
     assert Path("got.txt").read_bytes() == Server.body
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_names_the_file(folder, server):
+    Path("got.txt.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as caught:
+        fetch(server, "/good")
+    assert caught.value.filename == "got.txt.part"
 
 
 def test_a_second_download_of_the_same_file_is_refused(folder, server):

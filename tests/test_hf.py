@@ -19,6 +19,7 @@ import hf
 import hf_tokenizer
 import tokenizer as tokenizers
 from errors import InputError
+from files import locked
 from model import GPT, GPTConfig, generate
 
 files_of = pytest.importorskip("safetensors.torch")
@@ -139,7 +140,7 @@ def test_openais_own_sizes_need_no_config(folder):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"model_type": "llama"}, "model_type='llama', not 'gpt2'"),
+        ({"model_type": "llama"}, "model_type='llama': only GPT-2's models"),
         ({"activation_function": "silu"}, "activation_function='silu' is none of"),
         ({"activation_function": ["gelu"]}, "activation_function=['gelu'] is none of"),
         ({"n_inner": 65}, "n_inner=65, not None"),
@@ -439,7 +440,13 @@ def test_only_an_earlier_export_is_overwritten(folder, call):
     save_run(randomised(GPT(GPTConfig(20, 12, 3, 2, 16))), CHAR)
     assert call("hf", "export", "empty")[0] == 0
     assert hf.load(Path("empty")).config.n_layer == 3
-    assert len([*Path("empty").iterdir()]) == 5
+    files = {path.name: path for path in Path("empty").iterdir()}
+    files.pop(".lock")
+    assert len(files) == 5
+    assert len({path.stat().st_mode for path in files.values()}) == 1, "readable alike"
+    with locked(Path("empty")):
+        code, _, err = call("hf", "export", "empty")
+    assert code == 2 and is_one_error_line(err) and "is in use" in err
 
 
 @pytest.mark.parametrize(

@@ -99,11 +99,12 @@ def assert_nearly_equal(a: str, b: str) -> None:
     [
         # The rows of a micro-step are shared out, or else the micro-steps.
         (2, ["--optimizer=muon", "--average_decay=0.5", "--gradient_accumulation_steps=1"]),
-        (4, ["--sample_at_eval=20"]),
+        (4, ["--sample_at_eval=20", "--init_from=first"]),
         (2, ["--parallel=fsdp", "--average_decay=0.5", "--position=rotary"]),
     ],
 )
 def test_several_processes_make_the_run_of_one(tiny, call, n, flags):
+    assert call("train", *SAME, "--max_iters=2", "--seed=7", "--out_dir=first")[0] == 0
     assert call("train", *SAME, *flags, "--out_dir=one")[0] == 0
     said = processes(n, *SAME, *flags, "--out_dir=several")
     assert f"on {n} processes" in said[0] and said[1:] == [""] * (n - 1), "the first alone speaks"

@@ -84,9 +84,21 @@ def test_the_best_step_of_each_run_is_marked():
 def test_nothing_to_draw(folder, call, content, complaint):
     Path("out").mkdir()
     if content is not None:
-        Path("out/metrics.jsonl").write_text(content)
+        Path("out/metrics.jsonl").write_text(content + "\n" * bool(content))
     code, _, err = call("plot")
     assert code == 2 and is_one_error_line(err) and complaint in err
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out_and_a_full_disk_leaves_what_was_there(folder, call):
+    Path("out").mkdir()
+    whole = '{"step": 0, "train_loss": 1.0, "val_loss": 2.0, "lr": 0.1}\n'
+    Path("out/metrics.jsonl").write_text(whole + '{"step": 1, "lo')
+    assert call("plot", "--pictures=loss")[0] == 0
+    before = Path("out/loss.png").read_bytes()
+    Path("out/loss.png.tmp").symlink_to("/dev/full")
+    code, _, err = call("plot", "--pictures=loss")
+    assert code == 1 and is_one_error_line(err) and "loss.png: No space left" in err
+    assert Path("out/loss.png").read_bytes() == before
 
 
 def test_without_matplotlib(folder, call, monkeypatch):

@@ -172,6 +172,8 @@ def test_a_nanogpt_dataset_is_converted(folder, call, protocol):
         b"no pickle",
         b"\x80\x04}r\xff\xff\xff\x7f.",  # puts its value far away, with memory for what is between
         b"\x80\x04}(K\x01u.",
+        b"\x80\x04\x95" + b"\xff" * 8 + b"}.",
+        pickle.dumps({"itos": {i: chr(i) for i in range(20000)}, "more": "x" * 2**22}),
         b"\x80\x04h\x05.",
     ],
 )
@@ -230,7 +232,9 @@ def test_a_shorter_context_and_a_padded_vocabulary_score_the_same(folder):
         (["--block_size=32"], "block_size is at most 16 there"),
         (["--vocab_multiple=1"], "its vocabulary has 40 tokens"),
         (["--init_from=nowhere"], "nowhere: there is no such file or folder of weights"),
-        (["--init_from=data"], "data/ckpt.pt is missing"),
+        (["--init_from=data"], "data holds neither ckpt.pt nor a .safetensors"),
+        (["--out_dir=first"], "the run would write over first"),
+        (["--out_dir=first", "--init_from=first/ckpt.pt"], "write over first/ckpt.pt"),
         (["--init_from=text.txt"], "text.txt is not a checkpoint"),
         (["--dataset=other"], "dataset 'other' has another tokenizer than first"),
         (
@@ -252,6 +256,27 @@ def test_weights_that_do_not_fit_are_refused(tiny, call, argv, complaint):
     assert not Path("out/ckpt.pt").exists()
 
 
+def test_auto_goes_on_or_starts_as_the_config_file_says(tiny, call):
+    save_as_run(random_model(mlp="relu"), Path("first/ckpt.pt"), chars_of_tiny())
+    Path("tune.py").write_text("init_from = 'first'")
+    argv = ["train", "tune.py", *FREE, "--init_from=auto"]
+    code, out, _ = call(*argv, "--max_iters=2")
+    assert code == 0 and "resuming" not in out
+    assert checkpoint.load(Path("out/ckpt.pt"))["config"]["mlp"] == "relu"
+    assert "resuming after step 2" in call(*argv, "--max_iters=3")[1]
+
+
+def test_a_tokenizer_is_taken_from_a_run_and_never_replaced(tiny, call):
+    save_as_run(random_model(), Path("first/ckpt.pt"), chars_of_tiny())
+    Path("part.txt").write_text("the king and the queen " * 9)
+    assert call("prepare", "part", "--input=part.txt", "--tokenizer=first")[0] == 0
+    assert dataset.read_meta(Path("data/part/meta.json")).tokenizer["chars"] == chars_of_tiny()
+    code, _, err = call("sample", "--init_from=first", "--dataset=part", *MACHINE)
+    assert code == 2 and is_one_error_line(err) and "came with a tokenizer" in err
+    code, _, err = call("prepare", "part", "--input=part.txt", "--tokenizer=part.txt")
+    assert code == 2 and is_one_error_line(err) and "the folder of a run" in err
+
+
 def test_a_larger_vocabulary_than_the_models_cannot_be_sampled(tiny, call):
     save_as_nanogpt(random_model(vocab_size=9), Path("nano/ckpt.pt"))
     code, _, err = call("sample", "--init_from=nano", "--dataset=tiny", *MACHINE)
@@ -266,14 +291,39 @@ def test_a_model_learns_the_answers_and_stops_after_them(folder, call):
     Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs * 20))
     assert call("prepare", "tiny", "--input=pairs.jsonl")[0] == 0
     flags = ["--max_iters=150", "--eval_interval=150", "--batch_size=8", "--block_size=29"]
+    flags += ["--sample_at_eval=5"]
     assert call("train", *TINY, *flags, "--n_embd=32", "--learning_rate=2e-2")[0] == 0
     last = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[-1])
+    first_sample = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[0])["sample"]
+    assert first_sample[2] == ">", "it begins with all of a prompt"
     assert last["val_loss"] < 0.05, "nothing in the prompts can be predicted: they must not count"
     flags = ["--num_samples=2", "--temperature=0", "--max_new_tokens=20", *MACHINE]
     assert call("sample", *flags, "--start=cb>")[1].split() == ["cb>bc", "---------------"] * 2
 
 
 # ---- released weights --------------------------------------------------------------------------
+
+
+def test_a_name_stands_for_the_released_weights(folder, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = random_model(n_layer=1, n_head=12, n_embd=768, mlp="gelu_tanh", bias=True)
+    weights = {}
+    for name, p in model.state_dict().items():
+        is_turned = ".h." in name and p.dim() == 2
+        weights[name.removeprefix("transformer.")] = p.t().contiguous() if is_turned else p.clone()
+    del weights["lm_head.weight"]
+    body = safetensors.save(weights)
+    release = pretrained.Release("abc", len(body), hashlib.sha256(body).hexdigest())
+    monkeypatch.setitem(pretrained.RELEASES, "gpt2", release)
+    tokenizer = tokenizers.ByteTokenizer()
+    monkeypatch.setattr(tokenizers.BPETokenizer, "gpt2", lambda: tokenizer)
+    path = Path("data/openai-community/gpt2/model.safetensors")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(body)
+    loaded = pretrained.load("gpt2")
+    idx = torch.arange(16)[None]
+    assert torch.allclose(loaded.build().eval()(idx)[0], model(idx)[0], atol=1e-5)
+    assert loaded.tokenizer is tokenizer
 
 
 def test_a_released_file_is_downloaded_once_and_verified(folder, monkeypatch):
@@ -283,13 +333,15 @@ def test_a_released_file_is_downloaded_once_and_verified(folder, monkeypatch):
 
     def download(urls, path, n_bytes, sha256, advice):
         calls.append((urls, n_bytes, sha256))
+        path.parent.mkdir(parents=True)
         path.write_bytes(body)
 
     monkeypatch.setattr(pretrained, "download", download)
+    path = Path("data/openai-community/gpt2/model.safetensors")
     for _ in range(2):
-        assert pretrained._released("gpt2") == Path("data/gpt2.safetensors")
+        assert pretrained._released("gpt2") == path
     url = "https://huggingface.co/openai-community/gpt2/resolve/abc/model.safetensors"
     assert calls == [((url,), len(body), release.sha256)]
-    Path("data/gpt2.safetensors").write_bytes(b"other weights")
-    with pytest.raises(InputError, match=r"gpt2\.safetensors is not the gpt2 that was released"):
+    path.write_bytes(b"other weights")
+    with pytest.raises(InputError, match=r"model\.safetensors is not the gpt2 that was released"):
         pretrained._released("gpt2")
