@@ -28,6 +28,8 @@ step bench_shakespeare_char_deterministic python bench.py config/shakespeare_cha
 step bench_gpt2_124M python bench.py config/shakespeare.py --n_layer=12 --n_head=12 --n_embd=768 \
     --block_size=1024 --batch_size=32 --dropout=0 --timed_steps=50 \
     --json="$results/bench_gpt2_124M.json"
+step bench_gpt2_124M_classic python bench.py config/gpt2.py --dataset=shakespeare --batch_size=32 \
+    --gradient_accumulation_steps=1 --timed_steps=50 --json="$results/bench_gpt2_124M_classic.json"
 step plan_gpt2_124M python bench.py config/shakespeare.py --n_layer=12 --n_head=12 --n_embd=768 \
     --block_size=1024 --batch_size=32 --dropout=0 --plan --json="$results/plan_gpt2_124M.json"
 

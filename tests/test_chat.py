@@ -22,22 +22,31 @@ def trained(tiny, call) -> Path:
     return tiny
 
 
+class Terminal:
+    """The program at a pseudo-terminal: keys in, what it shows out."""
+
+    def __init__(self):
+        line = [str(REPO / "sample.py"), "--interactive", *FLAGS]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm", "INPUTRC": os.devnull}
+        options = {"env": environment, "encoding": "utf-8", "timeout": 30}
+        self.program = pexpect.spawn(sys.executable, line, **options)
+
+    def shows(self, text: str) -> None:
+        self.program.expect_exact(text.replace("\n", "\r\n"))
+
+    def answers(self, keys: str, text: str = "") -> None:
+        self.program.send(keys + "\r")
+        self.shows(f"{text}\n")
+        self.shows("> ")
+
+
 # Python 3.12 warns of any fork in a process with threads.
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_at_a_terminal(trained, call):
     expected = texts(call("sample", *FLAGS, "--start=the king", "--num_samples=3")[1])
     [greedy, *_] = texts(call("sample", *FLAGS, "--start=the king", "--temperature=0")[1])
-    line = [str(REPO / "sample.py"), "--interactive", *FLAGS]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm", "INPUTRC": os.devnull}
-    terminal = pexpect.spawn(sys.executable, line, env=environment, encoding="utf-8", timeout=30)
-
-    def shows(text: str) -> None:
-        terminal.expect_exact(text.replace("\n", "\r\n"))
-
-    def answers(keys: str, text: str) -> None:
-        terminal.send(keys + "\r")
-        shows(f"{text}\n")
-        shows("> ")
+    terminal = Terminal()
+    shows, answers, program = terminal.shows, terminal.answers, terminal.program
 
     shows("/help lists commands")
     shows("> ")
@@ -49,32 +58,29 @@ def test_at_a_terminal(trained, call):
     answers("/top_k all", "error: --top_k: expected a whole number, got 'all'")
     answers("Ω", "error: the vocabulary of 30 characters lacks 'Ω' (U+03A9): 1 of 1 characters")
 
-    terminal.send("/max_new_tokens 1000000000\r")
+    answers("/max_new_tokens 1000000000")
+    program.send("the king\r")
+    program.expect("(?s)the king\r.{300}")
+    program.sendintr()  # ends the text
     shows("> ")
-    terminal.send("the king\r")
-    terminal.expect("(?s)the king\r.{300}")
-    terminal.sendintr()  # ends the text
-    shows("> ")
-    terminal.send("the quee")
+    program.send("the quee")
     shows("the quee")
-    terminal.sendintr()  # drops the line
+    program.sendintr()  # drops the line
     shows("> ")
 
-    for command in ("/max_new_tokens 30", "/seed 1337"):
-        terminal.send(f"{command}\r")
-        shows("> ")
+    answers("/max_new_tokens 30")
+    answers("/seed 1337")
     answers("the king", expected[0])
-    terminal.send("/temperature 0\r")
-    shows("> ")
+    answers("/temperature 0")
     answers("the king", greedy)
-    terminal.send("/help\r")
+    program.send("/help\r")
     shows("/temperature 0.0 ")
     shows("/seed 1337 ")
     shows("> ")
-    terminal.sendeof()
-    terminal.expect(pexpect.EOF)
-    terminal.close()
-    assert terminal.exitstatus == 0
+    program.sendeof()
+    program.expect(pexpect.EOF)
+    program.close()
+    assert program.exitstatus == 0
 
 
 def test_from_a_pipe(trained, call, monkeypatch):

@@ -30,6 +30,14 @@ def test_cuda_is_taken_without_a_flag(tiny, call):
     assert call("sample", "--num_samples=2", "--max_new_tokens=40")[0] == 0
 
 
+def test_samples_at_evaluations_and_pictures_of_a_gpus_run(tiny, call):
+    flags = ["--sample_at_eval=40", "--dtype=bfloat16", "--max_iters=2"]
+    assert call("train", *ON_GPU, *flags, "--out_dir=first")[0] == 0
+    assert "sample" in Path("first/metrics.jsonl").read_text()
+    assert call("train", *ON_GPU, *flags, "--init_from=first")[0] == 0
+    assert call("plot", "--out_dir=out")[0] == 0
+
+
 def test_compiled_and_plain_runs_agree(tiny, call):
     ways = {
         "plain": ["--compile=false"],
