@@ -122,6 +122,7 @@ def test_checkpoints_of_fsdp_and_of_one_process_are_the_same(tiny, call):
     assert_nearly_equal("whole", "parts")
 
 
+@slow
 def test_evaluating_an_average_of_shards_does_not_touch_the_training(tiny):
     """Where nothing is saved, which would put the shards in order by itself."""
     flags = [*SAME, "--parallel=fsdp", "--average_decay=0.5", "--always_save_checkpoint=false"]
@@ -240,6 +241,7 @@ def test_a_killed_process_is_restarted_and_nothing_is_lost(tiny, n, n_kills):
     print(f"\n{n} processes, {n_kills} of them killed: the weights are those of the run left alone")
 
 
+@slow
 def test_processes_do_not_take_the_addresses_of_those_before_them(tiny):
     """torchrun keeps its store when it restarts them; the second of the new ones comes late."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
