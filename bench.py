@@ -209,12 +209,12 @@ def _plan_memory(config: BenchConfig, rows: int) -> tuple:
     import torch
 
     import runtime
-    from model import GPT
+    from model import build
     from optim import make_optimizers
     from trainer import model_config
 
     vocab_size = config.vocab_size or dataset.read(dataset_folder(config.dataset))[0].vocab_size
-    model = GPT(model_config(config, vocab_size))
+    model = build(model_config(config, vocab_size))
     is_gpu = config.device != "cpu"
     name = "bfloat16" if is_gpu and config.dtype == "auto" else config.dtype
     dtype = runtime.pick_dtype(name, torch.device("cpu"))

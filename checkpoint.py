@@ -20,7 +20,7 @@ import torch
 import runtime
 from errors import InputError
 from files import sha256_of, staged
-from model import GPT, GPTConfig
+from model import GPTConfig, build
 
 LATEST, PREVIOUS, BEST = "ckpt.pt", "ckpt.previous.pt", "best.pt"
 
@@ -234,4 +234,4 @@ def shapes_of(config: GPTConfig, n_tensors: int) -> dict[str, torch.Size]:
     if config.n_layer > n_tensors or config.block_size > _LONGEST_BLOCK:
         raise ValueError(f"n_layer={config.n_layer}, block_size={config.block_size}")
     with torch.device("meta"):
-        return {name: p.shape for name, p in GPT(config).state_dict().items()}
+        return {name: p.shape for name, p in build(config).state_dict().items()}

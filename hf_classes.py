@@ -153,13 +153,25 @@ MLPS = sorted({*ACTIVATIONS.values()})
 CLASSES = [
     StockClass(
         "GPT2LMHeadModel",
-        {"position": ["learned"], "norm": ["layernorm"], "qk_norm": [False], "mlp": MLPS},
+        {
+            "model": ["gpt"],
+            "position": ["learned"],
+            "norm": ["layernorm"],
+            "qk_norm": [False],
+            "mlp": MLPS,
+        },
         gpt2_json,
         gpt2_tensors,
     ),
     StockClass(
         "LlamaForCausalLM",
-        {"position": ["rotary"], "norm": ["rmsnorm"], "qk_norm": [False], "mlp": ["swiglu"]},
+        {
+            "model": ["gpt"],
+            "position": ["rotary"],
+            "norm": ["rmsnorm"],
+            "qk_norm": [False],
+            "mlp": ["swiglu"],
+        },
         llama_json,
         llama_tensors,
     ),

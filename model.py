@@ -1,4 +1,4 @@
-"""The GPT language model: read it from the bottom up, `GPT.forward` first.
+"""The GPT language model, and the bigram it is compared with: start reading at `GPT.forward`.
 
 One architecture with a few switches covers GPT-2 (the defaults, with bias=True) and the modern
 block (rotary positions, RMSNorm, QK-norm, ReLU^2 or SwiGLU, untied head), so that each idea can be
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 class GPTConfig:
     """What determines the weights' shapes and meaning. Raises ValueError when it cannot work."""
 
+    model: Literal["gpt", "bigram"] = "gpt"  # a bigram has none of what follows but the vocabulary
     block_size: int = 1024  # the longest context, in tokens
     vocab_size: int = 50257
     n_layer: int = 12
@@ -79,7 +80,7 @@ class KVCache:
     """
 
     def __init__(self, model: GPT, batch_size: int):
-        config, weight = model.config, model.lm_head.weight
+        config, weight = model.config, next(model.parameters())
         shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.head_size)
         self.k = torch.zeros(shape, device=weight.device, dtype=attention_dtype(weight))
         self.v = torch.zeros_like(self.k)
@@ -274,6 +275,44 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+def cross_entropy(logits, targets, reduction: str):
+    """logits (B, T, V), targets (B, T), -1 where nothing is to be predicted -> nats, or None."""
+    if targets is None:
+        return None
+    scores, targets = logits.flatten(0, 1).float(), targets.flatten()
+    return F.cross_entropy(scores, targets, ignore_index=-1, reduction=reduction)
+
+
+class Bigram(nn.Module):
+    """The baseline: a token's row of a table scores the token after it, whatever came before.
+
+    Its methods are those of `GPT`.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.table = nn.Embedding(config.vocab_size, config.vocab_size)
+        nn.init.zeros_(self.table.weight)  # the first loss is ln(V)
+
+    def forward(self, idx, targets=None, *, reduction="mean", cache=None, last_only=False):
+        logits = self.table(idx[:, -1:] if last_only else idx)  # (B, T, V)
+        return logits, cross_entropy(logits, targets, reduction)
+
+    def new_cache(self, batch_size: int, fixed: bool) -> None:
+        """There is nothing to remember."""
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"fused_qkv": [], "hidden": [], "embedding": [self.table.weight], "vector": []}
+
+    def n_parameters(self) -> int:
+        return self.table.weight.numel()
+
+    def flops_per_token(self) -> float:
+        """It looks up, and multiplies nothing."""
+        return 0.0
+
+
 class GPT(nn.Module):
     """Token ids in, scores for the next token out."""
 
@@ -346,10 +385,11 @@ class GPT(nn.Module):
         if last_only:
             x = x[:, -1:]
         logits = self.lm_head(self.transformer.ln_f(x))
-        if targets is None:
-            return logits, None
-        scores, targets = logits.flatten(0, 1).float(), targets.flatten()
-        return logits, F.cross_entropy(scores, targets, ignore_index=-1, reduction=reduction)
+        return logits, cross_entropy(logits, targets, reduction)
+
+    def new_cache(self, batch_size: int, fixed: bool) -> KVCache:
+        """fixed: for a compiled or recorded `read_one`."""
+        return (FixedKVCache if fixed else KVCache)(self, batch_size)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Every trained tensor, once.
@@ -386,11 +426,15 @@ class GPT(nn.Module):
         return 6 * (matrices + c.vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
 
 
+def build(config: GPTConfig) -> GPT | Bigram:
+    return (Bigram if config.model == "bigram" else GPT)(config)
+
+
 def count_parameters(config: GPTConfig) -> int:
     """All trained numbers of such a model, which is not built."""
     with torch.device("meta"):
         one, two = (
-            sum(p.numel() for p in GPT(dataclasses.replace(config, n_layer=n)).parameters())
+            sum(p.numel() for p in build(dataclasses.replace(config, n_layer=n)).parameters())
             for n in (1, 2)
         )
     return one + (config.n_layer - 1) * (two - one)
@@ -430,7 +474,7 @@ def pick(probs, uniform):
 
 @torch.inference_mode()
 def generate(
-    model: GPT,
+    model: GPT | Bigram,
     idx,
     noise: Iterable[torch.Tensor],
     *,
@@ -455,11 +499,11 @@ def generate(
     idx = context = idx[:, -block_size:].clone()  # now an inference tensor, as all that follow
     cache = None
     if use_cache:
-        cache = (KVCache if read_one is None else FixedKVCache)(model, idx.size(0))
+        cache = model.new_cache(idx.size(0), fixed=read_one is not None)
     for uniform in noise:
         if context.size(1) > block_size:
             idx = context = context[:, -max(1, block_size // 2) :]
-            if use_cache:
+            if cache is not None:
                 cache.clear()
         read = model if read_one is None or idx.size(1) > 1 else read_one
         logits, _ = read(idx, cache=cache, last_only=True)
@@ -467,5 +511,5 @@ def generate(
         idx = pick(probs, uniform)
         context = torch.cat((context, idx), dim=1)
         yield idx[:, 0]
-        if not use_cache:
+        if cache is None:
             idx = context

@@ -13,7 +13,7 @@ import tokenizer as tokenizers
 from download import download
 from errors import InputError
 from files import sha256_of
-from model import GPT, GPTConfig
+from model import GPT, Bigram, GPTConfig, build
 
 
 class Release(NamedTuple):
@@ -55,8 +55,8 @@ class Pretrained:
     weights: dict[str, torch.Tensor]  # the state_dict of a GPT(config), in float32
     tokenizer: tokenizers.Tokenizer | None  # where it came with one
 
-    def build(self) -> GPT:
-        model = GPT(self.config)
+    def build(self) -> GPT | Bigram:
+        model = build(self.config)
         model.load_state_dict(self.weights)
         return model
 

@@ -189,7 +189,7 @@ def tokens(model, tokenizer: tokenizers.Tokenizer, ids: np.ndarray, config: Samp
     import runtime
     from model import generate
 
-    device = model.lm_head.weight.device
+    device = next(model.parameters()).device
     idx = torch.from_numpy(ids.astype(np.int64)).to(device).expand(config.num_samples, -1)
     rngs = [
         np.random.default_rng([config.seed, i]) for i in range(first, first + config.num_samples)

@@ -37,7 +37,7 @@ class Progress:
 def weights(trainer: Trainer) -> dict:
     """What sampling needs."""
     model = trainer.model.state_dict()
-    tied = {"lm_head.weight"} if trainer.model_config.tied_head else set()
+    tied = {"lm_head.weight"} & model.keys() if trainer.model_config.tied_head else set()
     model = _gathered({name: p for name, p in model.items() if name not in tied})
     model |= {name: model["transformer.wte.weight"] for name in tied}
     return {

@@ -60,6 +60,7 @@ class TrainConfig:
         40, "micro-steps summed into one step", min=1, max=10**6
     )
     # model
+    model: Literal["gpt", "bigram"] = option("gpt", "bigram: the baseline, only the last token")
     n_layer: int = option(12, "blocks", min=1, max=10**4)
     n_head: int = option(12, "attention heads in a block", min=1)
     n_embd: int = option(768, "width of the residual stream", min=1, max=10**6)

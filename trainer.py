@@ -22,7 +22,7 @@ import snapshot
 import tokenizer as tokenizers
 from errors import EXIT_DONE, InputError, RunError
 from files import dataset_folder, run_folder
-from model import GPT, GPTConfig, count_parameters
+from model import GPTConfig, build, count_parameters
 from optim import learning_rate_at, make_optimizers, set_learning_rate
 from report import Pace, Report, Silence, evaluation_text, loss_line
 from sample import SampleConfig, write
@@ -83,10 +83,11 @@ class Trainer:
     def _build_model(self) -> None:
         """self.model, and self.forward, which trains it: compiled, and on all processes."""
         config = self.model_config
-        sizes = f"n_layer={config.n_layer}, n_embd={config.n_embd} and a vocabulary of "
-        sizes += f"{config.vocab_size:,}"
+        sizes = f"n_layer={config.n_layer}, n_embd={config.n_embd} and "
+        sizes = "" if config.model == "bigram" else sizes
+        sizes += f"a vocabulary of {config.vocab_size:,}"
         runtime.refuse_larger_than_memory(count_parameters(config), sizes, self.device)
-        self.model = GPT(config)
+        self.model = build(config)
         if self.shards:
             mode = self.config.compile_mode if self.compiles else None
             parallel.shard(self.model, self.device, mode)
