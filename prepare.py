@@ -3,6 +3,7 @@
 Usage:
     python prepare.py                    Tiny Shakespeare, by character: data/shakespeare_char/
     python prepare.py shakespeare        Tiny Shakespeare, GPT-2 BPE: data/shakespeare/
+    python prepare.py addition           all sums of numbers of up to three digits: data/addition/
     python prepare.py mine --input=PATH  your own text, of any size: data/mine/
 
 PATH is a UTF-8 text file, a folder or a pattern of .txt, .jsonl (also .gz) and .parquet files, or
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -24,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+import arithmetic
 import dataset
 import hf_tokenizer
 import nanogpt
@@ -68,7 +71,12 @@ class Source:
 def main(argv: list[str]) -> int:
     config = settings.load(PrepareConfig, argv, usage=__doc__, positional="dataset")
     folder = dataset_folder(config.dataset)
-    source = (from_nanogpt if config.input.endswith(".pkl") else from_text)(config)
+    if config.dataset == "addition" and not config.input:
+        source = from_problems(config)
+    elif config.input.endswith(".pkl"):
+        source = from_nanogpt(config)
+    else:
+        source = from_text(config)
     with locked(folder):
         meta = up_to_date(folder, source)
         done = "up to date:"
@@ -109,6 +117,25 @@ def from_nanogpt(config: PrepareConfig) -> Source:
     chunks, sha256 = nanogpt.read_bins(path.parent, tokenizer.vocab_size)
     described = describe(tokenizer, path.parent.name, sha256)
     return Source(described, chunks, False, f"the dataset of {path}")
+
+
+def from_problems(config: PrepareConfig) -> Source:
+    if config.tokenizer:
+        raise InputError(
+            f"tokenizer={config.tokenizer}: {config.dataset} has its own; leave it out"
+        )
+    problems = [*arithmetic.addition()]
+    tokenizer = tokenizers.CharTokenizer(arithmetic.CHARS, ends_texts=True, reverses_answers=True)
+    sha256 = hashlib.sha256("\n".join(map(" ".join, problems)).encode()).hexdigest()
+    described = describe(tokenizer, config.dataset, sha256)
+    documents = (
+        (split, [Section([prompt], False), Section([completion], True)])
+        for split, prompt, completion in problems
+    )
+    chunks = in_parallel(
+        functools.partial(encoded, tokenizer, True, True), batches(documents, tokenizer)
+    )
+    return Source(described, chunks, True, f"{len(problems):,} problems")
 
 
 def describe(tokenizer: tokenizers.Tokenizer, source: str, sha256: str) -> dict:
@@ -182,19 +209,21 @@ def up_to_date(folder: Path, source: Source) -> dataset.Meta | None:
 def tokenize(corpus: Corpus, found: Survey, tokenizer) -> Iterator[tuple]:
     """-> (split, ids, mask) chunks, encoded on all cores."""
 
-    end = np.array([] if corpus.is_one_text else [tokenizer.end_of_text], dtype=np.int32)
-
-    def encode(batch):
-        split, parts = batch
-        ids = [end if text is None else tokenizer.encode(text) for text, _ in parts]
-        mask = None
-        if found.has_prompts:
-            mask = np.repeat([has_loss for _, has_loss in parts], [*map(len, ids)])
-        return split, np.concatenate(ids), mask
-
+    encode = functools.partial(encoded, tokenizer, not corpus.is_one_text, found.has_prompts)
     yield from in_parallel(encode, batches(split_in_two(corpus, found), tokenizer))
     if (corpus.n_documents, corpus.n_chars) != (found.n_documents, found.n_chars):
         raise InputError(f"{corpus.files[0]} changed while it was read; run the same command again")
+
+
+def encoded(tokenizer, ends_texts: bool, is_masked: bool, batch: tuple) -> tuple:
+    """A (split, parts) batch -> (split, ids, mask)."""
+    split, parts = batch
+    end = np.array([tokenizer.end_of_text] if ends_texts else [], dtype=np.int32)
+    ids = [end if text is None else tokenizer.encode(text) for text, _ in parts]
+    mask = None
+    if is_masked:
+        mask = np.repeat([has_loss for _, has_loss in parts], [*map(len, ids)])
+    return split, np.concatenate(ids), mask
 
 
 def split_in_two(corpus: Corpus, found: Survey) -> Iterator[tuple[str, list[Section]]]:

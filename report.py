@@ -128,7 +128,8 @@ class Pace:
 
 def loss_line(record: dict) -> str:
     losses = f"train loss {record['train_loss']:.4f}, val loss {record['val_loss']:.4f}"
-    return f"step {record['step']}: {losses}"
+    exact = f", {record['val_exact']:.2%} of the answers right" if "val_exact" in record else ""
+    return f"step {record['step']}: {losses}{exact}"
 
 
 def evaluation_text(record: dict, note: str = "") -> str:

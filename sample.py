@@ -55,6 +55,8 @@ class Sample:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, stop: str):
         self._end_of_text = tokenizer.end_of_text
+        self._reverses = tokenizer.reverses_answers
+        self._reversed = ""  # can be read once all of it is there
         self._decoder = tokenizers.StreamDecoder(tokenizer)
         self._stop = stop
         self._pending = ""  # could still turn out to begin the stop string
@@ -64,12 +66,18 @@ class Sample:
         """-> the text that is now certain to be part of the sample."""
         if token == self._end_of_text:
             return self.finish()
-        return "" if self.is_done else self._release(self._decoder.feed([token]))
+        text = "" if self.is_done else self._release(self._decoder.feed([token]))
+        if not self._reverses:
+            return text
+        self._reversed += text
+        return ""
 
     def finish(self) -> str:
         """-> what was held back. Nothing follows."""
         text = "" if self.is_done else self._release(self._decoder.finish()) + self._pending
         self.is_done, self._pending = True, ""
+        if self._reverses:
+            text, self._reversed = tokenizers.plain(self._reversed + text), ""
         return text
 
     def _release(self, text: str) -> str:

@@ -8,6 +8,7 @@ decode what it generates. All three kinds offer the same things:
     encode(text) -> ids        a one-dimensional array of ids; END_OF_TEXT in it is ordinary text
     parts(texts)               one text in pieces of any size -> parts to encode one by one
     decode_bytes(ids)          UTF-8; a single byte token may be a fraction of a character
+    reverses_answers           whether completions are sums, say: see `plain`
     to_json()                  plain types; `from_json` undoes it
 """
 
@@ -28,8 +29,8 @@ END_OF_TEXT = "<|endoftext|>"  # as GPT-2 spells it
 class CharTokenizer:
     """One token per character of the training text, and one to end a document if wanted."""
 
-    def __init__(self, chars: str, ends_texts: bool = False):
-        self.chars = chars
+    def __init__(self, chars: str, ends_texts: bool = False, reverses_answers: bool = False):
+        self.chars, self.reverses_answers = chars, reverses_answers
         self.vocab_size = len(chars) + ends_texts
         self.end_of_text = len(chars) if ends_texts else None
         known = code_points(chars)
@@ -59,11 +60,15 @@ class CharTokenizer:
         return b"".join(self._token_bytes[i] for i in ids)
 
     def to_json(self) -> dict:
-        return {"kind": "char", "chars": self.chars, "ends_texts": self.end_of_text is not None}
+        flags = {"ends_texts": self.end_of_text is not None}
+        flags |= {"reverses_answers": True} if self.reverses_answers else {}
+        return {"kind": "char", "chars": self.chars, **flags}
 
 
 class ByteTokenizer:
     """One token per UTF-8 byte, any text at all, and one to end a document if wanted."""
+
+    reverses_answers = False
 
     def __init__(self, ends_texts: bool = False):
         self.vocab_size = 256 + ends_texts
@@ -84,6 +89,8 @@ class ByteTokenizer:
 
 class BPETokenizer:
     """GPT-2's byte-pair encoding, by tiktoken; special tokens in a text are ordinary characters."""
+
+    reverses_answers = False
 
     # How a text is cut before its bytes are merged: tiktoken's form of GPT-2's expression.
     _PATTERN = (
@@ -164,14 +171,14 @@ Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer
 def from_json(spec: object, source: str) -> Tokenizer:
     """Rebuild a tokenizer; raises `InputError` naming `source` when `spec` is not one."""
     try:
-        ends_texts = spec.get("ends_texts", False)
-        if type(ends_texts) is not bool:
-            raise ValueError("ends_texts is neither true nor false")
+        ends_texts, reverses = spec.get("ends_texts", False), spec.get("reverses_answers", False)
+        if type(ends_texts) is not bool or type(reverses) is not bool:
+            raise ValueError("ends_texts or reverses_answers is neither true nor false")
         if spec["kind"] == "char":
             chars = spec["chars"]
             if type(chars) is not str or not chars or len(set(chars)) < len(chars):
                 raise ValueError("chars must be distinct")
-            return CharTokenizer(chars, ends_texts)
+            return CharTokenizer(chars, ends_texts, reverses)
         if spec["kind"] == "byte":
             return ByteTokenizer(ends_texts)
         if spec["kind"] == "gpt2":
@@ -192,6 +199,14 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
     end = np.array([tokenizer.end_of_text])
     parts = [part for text in text.split(END_OF_TEXT) for part in (end, tokenizer.encode(text))]
     return np.concatenate(parts[1:])
+
+
+def plain(completion: str) -> str:
+    """The answer as a person reads it, of a tokenizer that `reverses_answers`.
+
+    It stands behind the last "=", if there is one, from its last digit on.
+    """
+    return completion.rpartition("=")[2][::-1]
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 import checkpoint
 import dataset
@@ -314,11 +315,11 @@ class Trainer:
         The same weights always give the same numbers.
         """
         is_small = len(self.val_split) <= dataset.MAX_TOKENS_EVALUATED_WHOLE
-        record = {
-            "step": self.progress.step,
-            "train_loss": self._mean_loss(self.train_split, whole=False),
-            "val_loss": self._mean_loss(self.val_split, whole=is_small),
-        }
+        train_loss, _ = self._mean_loss(self.train_split, whole=False)
+        val_loss, val_exact = self._mean_loss(self.val_split, whole=is_small)
+        record = {"step": self.progress.step, "train_loss": train_loss, "val_loss": val_loss}
+        if self.val_split.records is not None:
+            record["val_exact"] = val_exact
         if not all(map(math.isfinite, record.values())):
             raise RunError(f"{loss_line(record)}: not finite, nothing saved; lower learning_rate")
         if self.config.sample_at_eval and parallel.is_main():
@@ -335,7 +336,8 @@ class Trainer:
         return text
 
     @torch.no_grad()
-    def _mean_loss(self, split: dataset.Split, whole: bool) -> float:
+    def _mean_loss(self, split: dataset.Split, whole: bool) -> tuple[float, float]:
+        """-> nats a token, and the share of answers that greedy decoding would get right."""
         config = self.config
         starts = split.eval_starts(config.eval_iters, whole)
         # Each process takes every n-th batch. Fill up with windows past the end, whose targets are
@@ -344,17 +346,21 @@ class Trainer:
         starts = np.append(starts, np.full(-len(starts) % (n * config.batch_size), len(split)))
         parts = starts.reshape(-1, config.batch_size)
         sums = torch.zeros(len(parts), device=self.device)
-        counts = torch.zeros(len(parts), dtype=torch.int64, device=self.device)
+        # Of targets, of answers, of right ones.
+        counts = torch.zeros(3, len(parts), dtype=torch.int64, device=self.device)
         self.model.eval()
         for i in range(rank, len(parts), n):
             idx, targets = split.windows(parts[i])
             with runtime.autocast(self.device, self.dtype):
-                _, sums[i] = self.forward(idx, targets, reduction="sum")
-            counts[i] = (targets != dataset.IGNORE_INDEX).sum()
+                logits, sums[i] = self.forward(idx, targets, reduction="sum")
+            counts[0, i] = (targets != dataset.IGNORE_INDEX).sum()
+            if split.records is not None:
+                counts[1:, i] = count_answers(logits[..., : split.vocab_size], targets)
         self.model.train()
         # Added up in one order, however many processes there are.
         sums, counts = parallel.total(sums).cpu(), parallel.total(counts).cpu()
-        return float(sums.double().sum() / counts.sum())
+        n_targets, n_answers, n_right = counts.sum(dim=1).tolist()
+        return float(sums.double().sum()) / n_targets, n_right / max(1, n_answers)
 
     # ---- the loop ------------------------------------------------------------------------------
 
@@ -484,6 +490,21 @@ class Trainer:
     def _say(self, text: str) -> None:
         if parallel.is_main():
             print(text, flush=True)
+
+
+def count_answers(logits, targets):
+    """logits (B, T, V), targets (B, T) -> (2,): how many answers there are, and how many right.
+
+    An answer is a run of targets that carry loss. It is right when each of them scores highest
+    after what is right before it: what greedy decoding would write.
+    """
+    counts = targets != dataset.IGNORE_INDEX
+    begins = counts & ~F.pad(counts, (1, 0))[:, :-1]
+    number = begins.cumsum(dim=1)  # of the answer that a target is in, from 1 on
+    is_wrong = counts & (logits.argmax(dim=-1) != targets)
+    n_wrong = torch.zeros_like(F.pad(number, (1, 0))).scatter_add_(1, number, is_wrong.long())
+    n_answers = begins.sum()
+    return torch.stack((n_answers, n_answers - (n_wrong[:, 1:] > 0).sum()))
 
 
 def _finite(value) -> float | None:

@@ -138,6 +138,7 @@ class Letters:
     """A stand-in tokenizer: token i is the i-th letter, 9 the end of a text."""
 
     end_of_text = 9
+    reverses_answers = False
 
     def decode_bytes(self, ids):
         return bytes(ord("a") + i for i in ids)

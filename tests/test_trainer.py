@@ -430,7 +430,7 @@ def test_float16_lowers_the_loss_scale_and_makes_the_step_again(tiny, optimizer)
 
 
 def test_a_val_loss_that_is_not_finite_saves_nothing(tiny, call, monkeypatch):
-    monkeypatch.setattr(Trainer, "_mean_loss", lambda self, split, whole: math.inf)
+    monkeypatch.setattr(Trainer, "_mean_loss", lambda self, split, whole: (math.inf, 0.0))
     code, _, err = call("train", *TINY)
     assert code == 1 and "not finite" in err and not list(Path("out").glob("[!.]*"))
 

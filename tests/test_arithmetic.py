@@ -1,0 +1,128 @@
+"""Learning to add: the problems, what is counted as right, what a person sees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from hypothesis import given
+from hypothesis import strategies as st
+
+import arithmetic
+import dataset
+import pretrained
+import tokenizer as tokenizers
+from model import generate
+from trainer import count_answers
+
+
+@pytest.fixture
+def sums(folder, call, monkeypatch) -> Path:
+    """A working folder with the sums of single digits."""
+    monkeypatch.setattr(arithmetic, "MOST_DIGITS", 1)
+    monkeypatch.setattr(arithmetic, "N_HELD_OUT", 20)
+    assert call("prepare", "addition")[0] == 0
+    return folder
+
+
+def test_every_sum_is_train_or_val_in_both_orders(monkeypatch):
+    monkeypatch.setattr(arithmetic, "N_HELD_OUT", 500)
+    monkeypatch.setattr(arithmetic, "MOST_DIGITS", 2)
+    problems = [*arithmetic.addition()]
+    parts = {"train": set(), "val": set()}
+    for split, prompt, completion in problems:
+        a, b = map(int, prompt.removesuffix("=").split("+"))
+        assert int(completion[::-1]) == a + b
+        parts[split].add((a, b))
+    assert len(problems) == 100**2 and 500 <= len(parts["val"]) <= 501
+    assert parts["train"] | parts["val"] == {(a, b) for a in range(100) for b in range(100)}
+    assert not parts["train"] & parts["val"]
+    assert all((b, a) in part for part in parts.values() for a, b in part)
+
+
+def test_problems_are_written_with_loss_on_the_answers_alone(sums, call):
+    meta, data = dataset.read(Path("data/addition"))
+    tokenizer = tokenizers.from_json(meta.tokenizer, "meta")
+    text = tokenizers.decode(tokenizer, data["val"].tolist())
+    answers = tokenizers.decode(tokenizer, data["val"][data["val.mask"] == 1].tolist())
+    lines = text.split(tokenizers.END_OF_TEXT)[:-1]
+    assert len(lines) in (20, 21) and all(
+        eval(f"{line[:3]} == int('{line[4:][::-1]}')") for line in lines
+    )
+    assert answers == "".join(line[4:] + tokenizers.END_OF_TEXT for line in lines)
+    assert call("prepare", "addition")[1].startswith("up to date")
+
+
+runs = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4), st.booleans()), max_size=4)
+
+
+@given(st.lists(runs, min_size=1, max_size=3))
+def test_an_answer_is_right_when_all_of_it_is(rows):
+    """Rows of (tokens without loss, tokens with it, whether one of these is missed)."""
+    targets = torch.full((len(rows), 30), -1)
+    said = torch.zeros(len(rows), 30, dtype=torch.int64)
+    n_right = 0
+    for row, answers in enumerate(rows):
+        t = 0
+        for n_without, n_with, is_missed in answers:
+            t += n_without
+            targets[row, t : t + n_with] = said[row, t : t + n_with] = 1
+            said[row, t + n_with // 2] -= int(is_missed)
+            t += n_with
+            n_right += not is_missed
+    logits = torch.nn.functional.one_hot(said, 2).float()
+    assert count_answers(logits, targets).tolist() == [sum(map(len, rows)), n_right]
+
+
+def test_what_is_counted_is_what_greedy_decoding_writes(folder, call, monkeypatch):
+    problems = [(f"{a}+{b}=", str(a + b)[::-1]) for a in range(6) for b in range(6)]
+    both = [(split, *problem) for split in dataset.SPLITS for problem in problems]  # known by heart
+    monkeypatch.setattr(arithmetic, "addition", lambda: both)
+    assert call("prepare", "addition")[0] == 0
+    flags = [flag for flag in TINY if not flag.startswith("--dataset")] + ["--dataset=addition"]
+    flags += ["--block_size=11", "--max_iters=60", "--eval_interval=60", "--learning_rate=3e-2"]
+    code, out, _ = call("train", *flags)
+    last = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[-1])
+    assert code == 0 and f"{last['val_exact']:.2%} of the answers right" in out
+    loaded = pretrained.load("out")
+    model = loaded.build().eval()
+    _, data = dataset.read(Path("data/addition"))
+    meta = dataset.read_meta(Path("data/addition/meta.json"))
+    split = dataset.Split(
+        data["val"], data["val.mask"], meta.vocab_size, 11, torch.device("cpu"), Path("x")
+    )
+    n_right = n = 0
+    for start, end in zip(*split.records, strict=True):
+        # Several problems share a window: a short one is read behind another, as in training.
+        ids, mask = data["val"][start:end].tolist(), data["val.mask"][start:end].tolist()
+        begins = [i for i in range(1, len(ids)) if mask[i] and not mask[i - 1]]
+        for i in begins:
+            length = [*mask[i:], 0].index(0)
+            noise = (torch.zeros(1) for _ in range(length))
+            steps = generate(model, torch.tensor([ids[:i]]), noise, temperature=0.0)
+            n_right += [int(step) for step in steps] == ids[i : i + length]
+            n += 1
+    assert n == len(problems) and 0 < n_right < n
+    assert n_right / n == pytest.approx(last["val_exact"])
+
+
+def test_answers_are_shown_in_plain_order(sums, call, monkeypatch):
+    flags = [flag for flag in TINY if not flag.startswith("--dataset")] + ["--dataset=addition"]
+    assert call("train", *flags, "--max_iters=1")[0] == 0
+    argv = ["sample", "--start=1+2=", "--max_new_tokens=6", "--device=cpu"]
+    plain = call(*argv, "--num_samples=2")[1].split("---------------")
+    loaded = pretrained.load("out")
+    assert loaded.tokenizer.reverses_answers
+    monkeypatch.setattr(tokenizers.CharTokenizer, "to_json", lambda self: {})
+    for kind in ("plain", "as written"):
+        if kind == "as written":
+            monkeypatch.setattr(tokenizers, "plain", lambda completion: completion)
+        texts = call(*argv, "--num_samples=2")[1].split("---------------")
+        answers = [text.strip().removeprefix("1+2=") for text in texts[:2]]
+        if kind == "plain":
+            assert texts == plain
+            first = answers
+    assert [answer.rpartition("=")[2][::-1] for answer in answers] == first
