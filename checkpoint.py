@@ -231,7 +231,8 @@ def shapes_of(config: GPTConfig, n_tensors: int) -> dict[str, torch.Size]:
 
     n_tensors: how many there are to be; a layer has at least four. Raises one of `MISFITS`.
     """
-    if config.n_layer > n_tensors or config.block_size > _LONGEST_BLOCK:
+    n_layer = config.n_layer if config.model == "gpt" else 0
+    if n_layer > n_tensors or config.block_size > _LONGEST_BLOCK:
         raise ValueError(f"n_layer={config.n_layer}, block_size={config.block_size}")
     with torch.device("meta"):
         return {name: p.shape for name, p in build(config).state_dict().items()}

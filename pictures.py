@@ -48,6 +48,10 @@ def draw(out_dir: Path, text: str | None, which: str) -> dict[str, Figure]:
     ids = written_by(model, tokenizer) if text is None else encode(tokenizer, text)
     kinds = {"attention": draw_attention, "surprise": draw_surprise, "neighbours": draw_neighbours}
     names = kinds if which == "all" else [which]
+    if model.config.model == "bigram":
+        if which in ("attention", "neighbours"):
+            raise InputError(f"--pictures={which}: a bigram has no attention and no embedding")
+        names = ["surprise"]
     return {name: kinds[name](model, tokenizer, ids) for name in names}
 
 

@@ -15,6 +15,7 @@ import torch
 import parallel
 from checkpoint import MISFITS
 from errors import InputError
+from model import GPTConfig
 from optim import restore
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def _gathered(value):
 def check_same_run(trainer: Trainer, saved: dict) -> None:
     """Raises InputError with every difference that makes the saved state unusable here."""
     config, path = trainer.config, trainer.out_dir / "ckpt.pt"
-    then = saved["model_config"] | {"optimizer": saved["config"].get("optimizer")}
+    defaults = dataclasses.asdict(GPTConfig())  # what an older checkpoint did not know yet
+    then = defaults | saved["model_config"] | {"optimizer": saved["config"].get("optimizer")}
     now = dataclasses.asdict(trainer.model_config) | {"optimizer": config.optimizer}
     different = [
         f"{name} is {then.get(name)!r} there and {value!r} here"

@@ -2,8 +2,8 @@
 # About a minute on a CPU. Only the answers carry loss, and are written from the last digit on.
 
 dataset = "addition"
-eval_interval = 500  # all 10,000 problems that were held out
-eval_iters = 20  # 10,240 windows for the train loss
+eval_interval = 1000  # all 10,000 problems that were held out
+eval_iters = 2000  # windows for the train loss
 log_interval = 100
 
 batch_size = 512  # problems: a window holds one, or two short ones
@@ -23,6 +23,6 @@ learning_rate = 4e-3  # a small model takes a high one
 min_lr = 0.0
 lr_schedule = "linear"
 warmup_iters = 50
-max_iters = 2000  # each problem is seen once
+max_iters = 4000  # each problem is seen twice
 
 device = "cpu"  # at this size a GPU would mostly wait for its next command
