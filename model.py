@@ -1,8 +1,11 @@
-"""The GPT language model, and the bigram it is compared with: start reading at `GPT.forward`.
+"""The GPT language model, and the bigram it is compared with.
 
-One architecture with a few switches covers GPT-2 (the defaults, with bias=True) and the modern
-block (rotary positions, RMSNorm, QK-norm, ReLU^2 or SwiGLU, untied head), so that each idea can be
-turned on alone. In the classic variant the weights carry GPT-2's names.
+Start at `GPT.forward` with cache=None, then read upwards: Block, attention, MLP; `generate` and the
+caches last.
+
+One architecture with a few switches covers GPT-2 (the defaults, with mlp="gelu_tanh") and the
+modern block (rotary positions, RMSNorm, QK-norm, ReLU^2 or SwiGLU, untied head), so that each idea
+can be turned on alone. In the classic variant the weights carry GPT-2's names.
 
 Shapes:  B batch   T time, in tokens   C n_embd   nh n_head   hs head size, C / nh   V vocab_size
 """
@@ -24,7 +27,6 @@ from torch.nn import functional as F
 class GPTConfig:
     """What determines the weights' shapes and meaning. Raises ValueError when it cannot work."""
 
-    model: Literal["gpt", "bigram"] = "gpt"  # a bigram has none of what follows but the vocabulary
     block_size: int = 1024  # the longest context, in tokens
     vocab_size: int = 50257
     n_layer: int = 12
@@ -39,6 +41,7 @@ class GPTConfig:
     tied_head: bool = True  # one matrix both embeds tokens and scores them
     residual_init: Literal["scaled", "zero"] = "scaled"
     init_std: float = 0.02  # of matrices; small models learn faster near 1 / sqrt(n_embd)
+    model: Literal["gpt", "bigram"] = "gpt"  # of the above, a bigram has the vocabulary alone
 
     def __post_init__(self):
         for name, kind in typing.get_type_hints(GPTConfig).items():
@@ -63,86 +66,6 @@ class GPTConfig:
     @property
     def head_size(self) -> int:
         return self.n_embd // self.n_head
-
-
-def attention_dtype(x) -> torch.dtype:
-    """Attention runs in the format of x, but on a CPU in no less than float32.
-
-    There PyTorch's bfloat16 kernels take 3 times as long backwards, 4 times for a lone query.
-    """
-    return torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
-
-
-class KVCache:
-    """Keys and values of the tokens a model has read, preallocated; it belongs to the caller.
-
-    k, v: (n_layer, B, nh, block_size, hs), of which the first `n_tokens` positions are filled.
-    """
-
-    def __init__(self, model: GPT, batch_size: int):
-        config, weight = model.config, next(model.parameters())
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.head_size)
-        self.k = torch.zeros(shape, device=weight.device, dtype=attention_dtype(weight))
-        self.v = torch.zeros_like(self.k)
-        self.n_tokens = 0
-
-    def positions(self, T: int):
-        """The index of the next T tokens' positions."""
-        assert self.n_tokens + T <= self.k.size(3), "longer than block_size"
-        return slice(self.n_tokens, self.n_tokens + T)
-
-    def append(self, layer: int, k, v):
-        """Store the new (B, nh, T, hs) and return all keys and values of `layer` up to them."""
-        new = self.positions(k.size(2))
-        self.k[layer, :, :, new] = k
-        self.v[layer, :, :, new] = v
-        return self.k[layer, :, :, : new.stop], self.v[layer, :, :, : new.stop]
-
-    def mask(self, T: int):
-        """Which of the keys each of T new tokens sees; None where plain causality says it."""
-        if T == 1 or self.n_tokens == 0:  # a lone new token sees everything before it
-            return None
-        past = self.n_tokens
-        return torch.ones(T, past + T, dtype=torch.bool, device=self.k.device).tril(past)
-
-    def advance(self, T: int) -> None:
-        self.n_tokens += T
-
-    def clear(self) -> None:
-        self.n_tokens = 0
-
-
-class FixedKVCache(KVCache):
-    """The same with nothing that varies from token to token but the contents of tensors.
-
-    A compiled or recorded step can so be run again for every token. The tensor `end` counts in
-    place of n_tokens; each token looks at all block_size slots, masked from there on.
-    """
-
-    def __init__(self, model: GPT, batch_size: int):
-        super().__init__(model, batch_size)
-        self.slots = torch.arange(self.k.size(3), device=self.k.device)
-        self.end = torch.zeros((), dtype=torch.int64, device=self.k.device)
-        for tensor in (self.k, self.v, self.slots, self.end):
-            torch._dynamo.mark_static_address(tensor)  # what CUDA graphs ask for
-
-    def positions(self, T: int):
-        return self.end + self.slots[:T]
-
-    def append(self, layer: int, k, v):
-        new = self.positions(k.size(2))
-        self.k[layer].index_copy_(2, new, k.to(self.k.dtype))
-        self.v[layer].index_copy_(2, new, v.to(self.v.dtype))
-        return self.k[layer], self.v[layer]
-
-    def mask(self, T: int):
-        return self.slots <= self.positions(T)[:, None]  # (T, block_size)
-
-    def advance(self, T: int) -> None:
-        self.end += T
-
-    def clear(self) -> None:
-        self.end.zero_()
 
 
 class Norm(nn.Module):
@@ -175,8 +98,17 @@ def rotate(x, rotary):
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin  # the halves change places
 
 
+def attention_dtype(x) -> torch.dtype:
+    """What queries and keys are compared in: the format of x, but on a CPU float32 at least.
+
+    PyTorch's bfloat16 kernels take 3 times as long there in the backward pass, and 4 times for a
+    single query.
+    """
+    return torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+
+
 def attend(q, k, v, **options):
-    """Scaled dot-product attention in `attention_dtype`; (B, nh, T, hs) each, and the result."""
+    """Scaled dot-product attention of (B, nh, T, hs) each; q and k come in `attention_dtype`."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, **options)
     with torch.autocast("cpu", enabled=False):
@@ -184,7 +116,7 @@ def attend(q, k, v, **options):
 
 
 class CausalSelfAttention(nn.Module):
-    """Every head attends to the past at once: heads are a batch dimension. Vaswani et al. 2017."""
+    """All heads at once, as a batch dimension, each looking at the past. Vaswani et al. 2017."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -194,10 +126,12 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def queries_keys_values(self, x, rotary):
-        """x (B, T, C) -> q and k as they are compared, and v: (B, nh, T, hs) each."""
+        """x (B, T, C) -> q and k, normalised and rotated, and v: (B, nh, T, hs) each."""
         B, T, _ = x.shape
         nh, hs = self.config.n_head, self.config.head_size
-        qk, v = self.c_attn(x).view(B, T, 3 * nh, hs).split((2 * nh, nh), dim=2)
+        qk, v = (
+            self.c_attn(x).view(B, T, 3 * nh, hs).split((2 * nh, nh), dim=2)
+        )  # heads of q and k, of v
         qk = qk.to(attention_dtype(qk))
         if self.config.qk_norm:  # Henry et al. 2020
             qk = F.rms_norm(qk, (hs,))
@@ -209,7 +143,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rotary, cache: KVCache | None):
         B, T, C = x.shape
         q, k, v = self.queries_keys_values(x, rotary)
-        dtype = v.dtype
+        layer_dtype = v.dtype
         mask = None
         if cache is not None:
             mask = cache.mask(T)
@@ -222,7 +156,7 @@ class CausalSelfAttention(nn.Module):
             is_causal=mask is None and T > 1,
             dropout_p=self.config.dropout if self.training else 0.0,
         )  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C).to(dtype)
+        y = y.transpose(1, 2).reshape(B, T, C).to(layer_dtype)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -337,11 +271,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self):
-        """GPT-2's: normal with one deviation, residual projections damped by depth, or zero.
+        """GPT-2's but for the head: normal, with residual projections damped by depth, or zero.
 
         The first logits are near zero, so that the first loss is ln(V) to 1 %: an untied head
-        starts at zero, a tied one behind a small final gain, smaller still where nothing yet
-        covers the embedding of the token just read, which the head would then predict again.
+        starts at zero, a tied one behind a small final gain, smaller still with
+        residual_init="zero": the blocks then add nothing, and the token just read would score
+        itself highest.
         """
         config = self.config
         is_zero = config.residual_init == "zero"
@@ -373,7 +308,7 @@ class GPT(nn.Module):
         positions = cache.positions(T) if cache is not None else slice(T)
         x = self.transformer.wte(idx)  # (B, T, C)
         rotary = None
-        if self.rotary is None:
+        if self.config.position == "learned":
             x = x + self.transformer.wpe.weight[positions]
         else:
             rotary = self.rotary[:, positions]
@@ -392,7 +327,7 @@ class GPT(nn.Module):
         return (FixedKVCache if fixed else KVCache)(self, batch_size)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Every trained tensor, once.
+        """Every trained tensor, once, by how the optimizers treat it.
 
         fused_qkv: query, key and value matrices, stacked (3 C, C). hidden: the blocks' other
         matrices. embedding: the matrices outside the blocks. vector: gains and biases.
@@ -426,12 +361,83 @@ class GPT(nn.Module):
         return 6 * (matrices + c.vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
 
 
+class KVCache:
+    """Keys and values of the tokens a model has read, preallocated; it belongs to the caller.
+
+    k, v: (n_layer, B, nh, block_size, hs), of which the first `n_tokens` positions are filled.
+    """
+
+    def __init__(self, model: GPT, batch_size: int):
+        config, weight = model.config, next(model.parameters())
+        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.head_size)
+        self.k = torch.zeros(shape, device=weight.device, dtype=attention_dtype(weight))
+        self.v = torch.zeros_like(self.k)
+        self.n_tokens = 0
+
+    def positions(self, T: int):
+        """The index of the next T tokens' positions."""
+        assert self.n_tokens + T <= self.k.size(3), "longer than block_size"
+        return slice(self.n_tokens, self.n_tokens + T)
+
+    def append(self, layer: int, k, v):
+        """Store the new (B, nh, T, hs) and return all keys and values of `layer` up to them."""
+        new = self.positions(k.size(2))
+        self.k[layer, :, :, new] = k
+        self.v[layer, :, :, new] = v
+        return self.k[layer, :, :, : new.stop], self.v[layer, :, :, : new.stop]
+
+    def mask(self, T: int):
+        """Which keys each of T new tokens sees; None where `is_causal` or a lone query says it."""
+        if T == 1 or self.n_tokens == 0:  # a lone new token sees everything before it
+            return None
+        past = self.n_tokens
+        return torch.ones(T, past + T, dtype=torch.bool, device=self.k.device).tril(past)
+
+    def advance(self, T: int) -> None:
+        self.n_tokens += T
+
+    def clear(self) -> None:
+        self.n_tokens = 0
+
+
+class FixedKVCache(KVCache):
+    """A cache whose shapes and Python values never change: one compiled step serves every token.
+
+    The tensor `end` replaces n_tokens; a token looks at all block_size slots, later ones masked.
+    """
+
+    def __init__(self, model: GPT, batch_size: int):
+        super().__init__(model, batch_size)
+        self.slots = torch.arange(self.k.size(3), device=self.k.device)
+        self.end = torch.zeros((), dtype=torch.int64, device=self.k.device)
+        for tensor in (self.k, self.v, self.slots, self.end):
+            torch._dynamo.mark_static_address(tensor)  # what CUDA graphs ask for
+
+    def positions(self, T: int):
+        return self.end + self.slots[:T]
+
+    def append(self, layer: int, k, v):
+        new = self.positions(k.size(2))
+        self.k[layer].index_copy_(2, new, k.to(self.k.dtype))
+        self.v[layer].index_copy_(2, new, v.to(self.v.dtype))
+        return self.k[layer], self.v[layer]
+
+    def mask(self, T: int):
+        return self.slots <= self.positions(T)[:, None]  # (T, block_size)
+
+    def advance(self, T: int) -> None:
+        self.end += T
+
+    def clear(self) -> None:
+        self.end.zero_()
+
+
 def build(config: GPTConfig) -> GPT | Bigram:
     return (Bigram if config.model == "bigram" else GPT)(config)
 
 
 def count_parameters(config: GPTConfig) -> int:
-    """All trained numbers of such a model, which is not built."""
+    """All trained numbers of such a model, without its memory: every layer adds as many."""
     with torch.device("meta"):
         one, two = (
             sum(p.numel() for p in build(dataclasses.replace(config, n_layer=n)).parameters())
@@ -487,7 +493,8 @@ def generate(
 ) -> Iterator[torch.Tensor]:
     """Continue idx (B, T), T >= 1; yields one (B,) tensor of new tokens a step.
 
-    noise: (B,) uniform numbers in [0, 1) for each step; a row's tokens depend on its own alone.
+    noise: for each token to generate, (B,) uniform numbers in [0, 1); a row's tokens depend on its
+    own numbers alone.
     vocab_size: ids from here on are padding and never drawn.
     use_cache: False computes every step from scratch: slow, and the same text.
     read_one: the model compiled for reading one token, with a cache that suits it.
@@ -496,20 +503,19 @@ def generate(
     the cost of a token stays bounded.
     """
     block_size = model.config.block_size
-    idx = context = idx[:, -block_size:].clone()  # now an inference tensor, as all that follow
+    unread = context = idx[:, -block_size:].clone()  # an inference tensor, as all that follow
     cache = None
     if use_cache:
         cache = model.new_cache(idx.size(0), fixed=read_one is not None)
     for uniform in noise:
         if context.size(1) > block_size:
-            idx = context = context[:, -max(1, block_size // 2) :]
+            unread = context = context[:, -max(1, block_size // 2) :]
             if cache is not None:
                 cache.clear()
-        read = model if read_one is None or idx.size(1) > 1 else read_one
-        logits, _ = read(idx, cache=cache, last_only=True)
+        read = model if read_one is None or unread.size(1) > 1 else read_one
+        logits, _ = read(unread, cache=cache, last_only=True)
         probs = probabilities(logits[:, -1, :vocab_size], temperature, top_k, top_p)
-        idx = pick(probs, uniform)
-        context = torch.cat((context, idx), dim=1)
-        yield idx[:, 0]
-        if cache is None:
-            idx = context
+        new = pick(probs, uniform)
+        context = torch.cat((context, new), dim=1)
+        unread = context if cache is None else new
+        yield new[:, 0]
