@@ -147,7 +147,7 @@ def built_in_text(name: str) -> Path:
     if name not in BUILT_IN:
         raise InputError(
             f"dataset {name!r} needs a text: python prepare.py {name} --input=FILE "
-            f"(without one: {', '.join(BUILT_IN)})"
+            f"(without one: {', '.join(BUILT_IN)}, addition)"
         )
     if SHAKESPEARE.exists():
         if hashlib.sha256(SHAKESPEARE.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:

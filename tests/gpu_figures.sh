@@ -33,7 +33,7 @@ step bench_gpt2_124M_classic python bench.py config/gpt2.py --dataset=shakespear
 step plan_gpt2_124M python bench.py config/shakespeare.py --n_layer=12 --n_head=12 --n_embd=768 \
     --block_size=1024 --batch_size=32 --dropout=0 --plan --json="$results/plan_gpt2_124M.json"
 
-for config in speedrun shakespeare_char; do
+for config in speedrun shakespeare_char lecture; do
     for seed in 1337 1338 1339; do
         step "train_${config}_$seed" python train.py "config/$config.py" --seed=$seed \
             --out_dir="$results/out_${config}_$seed"
