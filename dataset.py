@@ -176,25 +176,28 @@ class Split:
         self.ids, self.mask, self.vocab_size = ids, mask, vocab_size
         self.block_size, self.device, self.path = block_size, device, path
         self.records, self.n_cut = None, 0
+        self.prompt = ids[:1]  # what a sample may begin with
         if mask is not None:
-            *self.records, self.n_cut = record_windows(mask, block_size)
-        if mask is not None and len(self.records[0]) == 0:
-            raise InputError(f"{path}: none of its tokens carries loss; prepare the dataset again")
-        if mask is None and len(ids) <= block_size:
+            self._find_records()
+        elif len(ids) <= block_size:
             raise InputError(
                 f"block_size={block_size} does not fit {path}, which has {len(ids):,} tokens: "
                 "lower it, or prepare a longer text"
             )
-        # What a sample may begin with: a token, or all of a prompt.
-        self.prompt = ids[:1]
-        if mask is not None:
-            first_end = self.records[1][0]
-            self.prompt = ids[: max(1, int(np.argmax(mask[:first_end] != 0)))]
         self.on_device = len(ids) <= MAX_TOKENS_ON_DEVICE
         if self.on_device:
             self._check_range(ids)
             self.ids = torch.from_numpy(ids.astype(np.int32)).to(device)
             self.mask = None if mask is None else torch.from_numpy(mask != 0).to(device)
+
+    def _find_records(self) -> None:
+        *self.records, self.n_cut = record_windows(self.mask, self.block_size)
+        if len(self.records[0]) == 0:
+            raise InputError(
+                f"{self.path}: none of its tokens carries loss; prepare the dataset again"
+            )
+        first = self.mask[: self.records[1][0]]
+        self.prompt = self.ids[: max(1, int(np.argmax(first != 0)))]
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import parallel
+import tokenizer as tokenizers
 from checkpoint import MISFITS
 from errors import InputError
 from model import GPTConfig
@@ -85,7 +86,8 @@ def check_same_run(trainer: Trainer, saved: dict) -> None:
         for name, value in now.items()
         if name not in ("dropout", "init_std") and then.get(name) != value
     ]
-    if saved["tokenizer"] != trainer.meta.tokenizer:
+    tokenizer = tokenizers.from_json(saved["tokenizer"], str(path))
+    if tokenizer.to_json() != trainer.tokenizer.to_json():
         different.append(f"dataset {config.dataset!r} now has another tokenizer")
     if saved.get("text_sha256") != trainer.meta.sha256:
         different.append(f"dataset {config.dataset!r} is now made of another text")
