@@ -4,6 +4,7 @@ Usage:
     python prepare.py                    Tiny Shakespeare, by character: data/shakespeare_char/
     python prepare.py shakespeare        Tiny Shakespeare, GPT-2 BPE: data/shakespeare/
     python prepare.py addition           all sums of numbers of up to three digits: data/addition/
+    python prepare.py calculator         sums, differences, products, quotients: data/calculator/
     python prepare.py mine --input=PATH  your own text, of any size: data/mine/
 
 PATH is a UTF-8 text file, a folder or a pattern of .txt, .jsonl (also .gz) and .parquet files, or
@@ -71,7 +72,7 @@ class Source:
 def main(argv: list[str]) -> int:
     config = settings.load(PrepareConfig, argv, usage=__doc__, positional="dataset")
     folder = dataset_folder(config.dataset)
-    if config.dataset == "addition" and not config.input:
+    if config.dataset in arithmetic.CHARS and not config.input:
         source = from_problems(config)
     elif config.input.endswith(".pkl"):
         source = from_nanogpt(config)
@@ -124,8 +125,9 @@ def from_problems(config: PrepareConfig) -> Source:
         raise InputError(
             f"tokenizer={config.tokenizer}: {config.dataset} has its own; leave it out"
         )
-    problems = [*arithmetic.addition()]
-    tokenizer = tokenizers.CharTokenizer(arithmetic.CHARS, ends_texts=True, reverses_answers=True)
+    problems = [*arithmetic.problems(config.dataset)]
+    chars = arithmetic.CHARS[config.dataset]
+    tokenizer = tokenizers.CharTokenizer(chars, ends_texts=True, reverses_answers=True)
     sha256 = hashlib.sha256("\n".join(map(" ".join, problems)).encode()).hexdigest()
     described = describe(tokenizer, config.dataset, sha256)
     documents = (
@@ -147,7 +149,7 @@ def built_in_text(name: str) -> Path:
     if name not in BUILT_IN:
         raise InputError(
             f"dataset {name!r} needs a text: python prepare.py {name} --input=FILE "
-            f"(without one: {', '.join(BUILT_IN)}, addition)"
+            f"(without one: {', '.join([*BUILT_IN, *arithmetic.CHARS])})"
         )
     if SHAKESPEARE.exists():
         if hashlib.sha256(SHAKESPEARE.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:

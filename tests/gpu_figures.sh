@@ -40,6 +40,17 @@ for config in speedrun shakespeare_char lecture; do
     done
 done
 
+# Pretrain and finetune, where a larger text and Shakespeare are prepared by byte (see the README).
+if [ -d data/classics ] && [ -d data/shakespeare_byte ]; then
+    step pretrain python train.py config/speedrun.py --dataset=classics --max_iters=6000 \
+        --dropout=0 --average_decay=0 --eval_interval=1000 --out_dir="$results/out_classics"
+    for seed in 1337 1338 1339; do
+        step "finetune_$seed" python train.py config/speedrun.py --dataset=shakespeare_byte \
+            --init_from="$results/out_classics" --seed=$seed --max_iters=500 \
+            --muon_learning_rate=0.00375 --learning_rate=0.0005 --out_dir="$results/out_tuned_$seed"
+    done
+fi
+
 if [ -n "$nanogpt" ]; then
     cd "$nanogpt"
     step nanogpt_train python train.py config/train_shakespeare_char.py

@@ -15,7 +15,7 @@ import arithmetic
 import dataset
 import pretrained
 import tokenizer as tokenizers
-from model import generate
+from model import Bigram, GPTConfig, generate
 from trainer import count_answers
 
 
@@ -23,13 +23,13 @@ from trainer import count_answers
 def sums(folder, call, monkeypatch) -> Path:
     """A working folder with the sums of single digits."""
     monkeypatch.setattr(arithmetic, "MOST_DIGITS", 1)
-    monkeypatch.setattr(arithmetic, "N_HELD_OUT", 20)
+    monkeypatch.setattr(arithmetic, "N_SUMS_HELD_OUT", 20)
     assert call("prepare", "addition")[0] == 0
     return folder
 
 
 def test_every_sum_is_train_or_val_in_both_orders(monkeypatch):
-    monkeypatch.setattr(arithmetic, "N_HELD_OUT", 500)
+    monkeypatch.setattr(arithmetic, "N_SUMS_HELD_OUT", 500)
     monkeypatch.setattr(arithmetic, "MOST_DIGITS", 2)
     problems = [*arithmetic.addition()]
     parts = {"train": set(), "val": set()}
@@ -126,3 +126,60 @@ def test_answers_are_shown_in_plain_order(sums, call, monkeypatch):
             assert texts == plain
             first = answers
     assert [answer.rpartition("=")[2][::-1] for answer in answers] == first
+
+
+def test_every_calculation_is_right_and_none_of_val_is_in_train(monkeypatch):
+    monkeypatch.setattr(arithmetic, "N_CALCULATIONS", 5000)
+    parts = {"train": set(), "val": set()}
+    for split, prompt, completion in arithmetic.calculator():
+        parts[split].add(prompt)
+        expected = eval(prompt[:-1].replace("/", "//"))
+        assert tokenizers.plain(completion) == str(expected), (prompt, completion)
+        assert {*prompt, *completion} <= {*arithmetic.CHARS["calculator"]}
+        assert len(prompt) + len(completion) < 64, "fits the config's window"
+    assert parts["val"] and not parts["train"] & parts["val"]
+    assert {prompt.strip("0123456789=") for prompt in parts["val"]} == {*"+-*/"}
+
+
+@pytest.mark.parametrize(
+    ("a", "operation", "b", "completion"),
+    [
+        (12, "+", 345, "210+543=753"),
+        (12, "-", 345, "210-543<=333-"),
+        (345, "-", 345, "543-543>=0"),
+        (12, "*", 34, "21*4:84+84,3:063+804,=804"),
+        (97, "/", 4, "9:2*8-1,17:4*16-1,=42"),
+        (3, "/", 10, "3:0*0-3,=0"),
+    ],
+)
+def test_the_scratch_work(a, operation, b, completion):
+    assert arithmetic.written(a, operation, b) == (f"{a}{operation}{b}=", completion)
+
+
+def test_what_is_right_is_counted_by_the_answer(monkeypatch):
+    """By a stand-in that knows all answers but those of numbers that begin with a 7."""
+    tokenizer = tokenizers.CharTokenizer(arithmetic.CHARS["calculator"], True, True)
+    asked = [arithmetic.written(a, "-", 31) for a in range(10, 80)]
+    known = {prompt: "=" + completion.split("=")[1] for prompt, completion in asked}
+
+    def write(model, idx, noise, temperature):
+        prompts = [tokenizers.decode(tokenizer, row.tolist()) for row in idx]
+        texts = [known[prompt] if prompt[0] != "7" else "=42" for prompt in prompts]
+        for i, _ in enumerate(noise):
+            ids = [tokenizer.encode(text)[i] if i < len(text) else 19 for text in texts]
+            yield torch.tensor(ids)
+
+    monkeypatch.setattr("model.generate", write)
+    model = Bigram(GPTConfig(model="bigram", vocab_size=20))
+    assert arithmetic.share_right(model, tokenizer, asked) == 60 / 70
+
+
+def test_the_table_has_a_row_for_each_operation(folder, call, monkeypatch):
+    monkeypatch.setattr(arithmetic, "N_CALCULATIONS", 500)
+    monkeypatch.setattr(arithmetic, "N_CELL_HELD_OUT", 3)
+    assert call("prepare", "calculator")[0] == 0
+    flags = [flag for flag in TINY if not flag.startswith("--dataset")] + ["--dataset=calculator"]
+    assert call("train", *flags, "--block_size=64", "--max_iters=1")[0] == 0
+    code, out, _ = call("arithmetic", "--device=cpu")
+    assert code == 0 and [line.split()[1] for line in out.splitlines()[1:]] == [*"+-*/"]
+    assert out.count("%") == 36

@@ -55,7 +55,9 @@ compile = False
 """
 
 
-@pytest.mark.parametrize("script", ["prepare", "train", "sample", "bench", "plot", "hf"])
+@pytest.mark.parametrize(
+    "script", ["prepare", "train", "sample", "bench", "plot", "hf", "arithmetic"]
+)
 def test_help_is_quick_and_complete(folder, script):
     seconds = []
     for _ in range(3):
