@@ -50,7 +50,7 @@ def addition() -> Iterator[tuple[str, str, str]]:
     for split in ("train", "val"):
         for a, b in sums:
             if ((a, b) in held_out) == (split == "val"):
-                yield split, f"{a}+{b}=", str(a + b)[::-1]
+                yield split, f"{a}+{b}=", backwards(a + b)
 
 
 # ---- the calculator ----------------------------------------------------------------------------
@@ -96,16 +96,20 @@ def backwards(number: int, width: int = 0) -> str:
     return str(number).zfill(width)[::-1]
 
 
-def adding(a: int, b: int) -> tuple[str, str]:
-    """Both numbers from their last digits on, and as long as each other: 12+345 is 210+543=753."""
+def aligned(a: int, b: int) -> tuple[str, str]:
+    """Both from their last digits on, and as long as each other."""
     width = max(len(str(a)), len(str(b)))
-    return f"{backwards(a, width)}+{backwards(b, width)}", backwards(a + b)
+    return backwards(a, width), backwards(b, width)
+
+
+def adding(a: int, b: int) -> tuple[str, str]:
+    """Both numbers aligned: 12+345 is 210+543=753."""
+    return "+".join(aligned(a, b)), backwards(a + b)
 
 
 def subtracting(a: int, b: int) -> tuple[str, str]:
     """The same, and which is larger: 12-345 is 210-543<=333-."""
-    width = max(len(str(a)), len(str(b)))
-    work = f"{backwards(a, width)}-{backwards(b, width)}"
+    work = "-".join(aligned(a, b))
     answer = backwards(abs(a - b))
     return (f"{work}<", f"{answer}-") if a < b else (f"{work}>", answer)
 
@@ -140,12 +144,11 @@ class MeasureConfig:
 
 def main(argv: list[str]) -> int:
     config = settings.load(MeasureConfig, argv, usage=__doc__)
-    import checkpoint
     import pretrained
     import runtime
 
     device = runtime.pick_device(config.device)
-    loaded = pretrained.from_run(checkpoint.find(Path(config.out_dir)))
+    loaded = pretrained.from_folder(Path(config.out_dir))
     if not loaded.tokenizer.reverses_answers:
         raise InputError(f"{config.out_dir} is no run that calculates: see `prepare.py calculator`")
     model = loaded.build().eval().to(device)
@@ -169,7 +172,7 @@ def share_right(model, tokenizer, asked: list[tuple[str, str]]) -> float:
     import torch
 
     from model import generate
-    from tokenizer import plain
+    from tokenizer import decode, plain
 
     device = next(model.parameters()).device
     idx = np.stack([tokenizer.encode(prompt) for prompt, _ in asked]).astype(np.int64)
@@ -180,8 +183,7 @@ def share_right(model, tokenizer, asked: list[tuple[str, str]]) -> float:
     n_right = 0
     for ids, (_, completion) in zip(answers, asked, strict=True):
         end = ids.index(tokenizer.end_of_text) if tokenizer.end_of_text in ids else 0
-        text = tokenizer.decode_bytes(ids[:end]).decode()
-        n_right += plain(text) == plain(completion)
+        n_right += plain(decode(tokenizer, ids[:end])) == plain(completion)
     return n_right / len(asked)
 
 

@@ -218,6 +218,15 @@ def can_resume(out_dir: Path) -> bool:
     return (out_dir / LATEST).exists() or (out_dir / PREVIOUS).exists()
 
 
+def differences(there: dict, here: dict, free: set[str]) -> list[str]:
+    """In words, the values of two models or runs that should agree, but for those that are free."""
+    return [
+        f"{name} is {there.get(name)!r} there and {value!r} here"
+        for name, value in here.items()
+        if name not in free and there.get(name) != value
+    ]
+
+
 def check_weights(config: GPTConfig, weights: dict) -> None:
     """Raises one of `MISFITS` when they are not those of such a model."""
     if shapes_of(config, len(weights)) != {name: p.shape for name, p in weights.items()}:

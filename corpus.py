@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 
 from errors import InputError
-from files import sha256_of, show_progress
+from files import sha256_of_file, show_progress
 from tokenizer import code_points
 
 CHUNK_BYTES = 1 << 20
@@ -103,7 +103,7 @@ def survey(corpus: Corpus) -> Survey:
             f"{name}: {n_with_prompts:,} of {corpus.n_documents:,} documents are a prompt and a "
             "completion, the others are not: prepare them one by one"
         )
-    digests = [f"{_kind(path)} {_digest_of(path)}" for path in corpus.files]
+    digests = [f"{_kind(path)} {sha256_of_file(path)}" for path in corpus.files]
     sha256 = digests[0].split()[1]
     if len(digests) > 1:
         sha256 = hashlib.sha256("\n".join(digests).encode()).hexdigest()
@@ -121,11 +121,6 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-
-
-def _digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return sha256_of(file, sys.maxsize).hexdigest()
 
 
 def _find(name: str) -> list[Path]:

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import InputError
-from files import finish_staged, sha256_of, staged
+from files import finish_staged, sha256_of_file, staged
 
 FORMAT_VERSION = 3
 SPLITS = ("train", "val")
@@ -153,13 +153,11 @@ def _map(folder: Path, name: str, meta: Meta, verify: bool) -> np.ndarray:
             f"{path} has {n_bytes:,} bytes where meta.json says {n_tokens:,} tokens of "
             f"{dtype.itemsize} bytes; prepare the dataset again"
         )
-    if verify:
-        with path.open("rb") as file:
-            if sha256_of(file, n_bytes).hexdigest() != meta.sha256_of[name]:
-                raise InputError(
-                    f"{path} was changed or damaged since it was made (its checksum differs); "
-                    "prepare the dataset again"
-                )
+    if verify and sha256_of_file(path) != meta.sha256_of[name]:
+        raise InputError(
+            f"{path} was changed or damaged since it was made (its checksum differs); "
+            "prepare the dataset again"
+        )
     return np.memmap(path, dtype=dtype, mode="r")
 
 
@@ -228,15 +226,12 @@ class Split:
 
     def eval_starts(self, n_windows: int, whole: bool) -> np.ndarray:
         """Windows side by side over the whole split, or `n_windows` spread evenly over it."""
-        n_tokens, block_size = len(self), self.block_size
-        if self.records is None and not whole:
-            last = n_tokens - 1 - block_size
-            return np.unique(np.linspace(0, last, n_windows).astype(np.int64))
-        if self.records is None:
-            return np.arange(0, n_tokens - 1, block_size)
-        starts = self.records[0]
-        chosen = np.linspace(0, len(starts) - 1, n_windows).astype(np.int64)
-        return starts if whole else starts[np.unique(chosen)]
+        if self.records is not None:
+            starts = self.records[0]
+            return starts if whole else starts[_spread(len(starts) - 1, n_windows)]
+        if whole:
+            return np.arange(0, len(self) - 1, self.block_size)
+        return _spread(len(self) - 1 - self.block_size, n_windows)
 
     def windows(self, starts: np.ndarray):
         """-> idx, targets, both (len(starts), block_size) int64: targets are idx one token on.
@@ -281,6 +276,11 @@ class Split:
                 f"{self.path}: token id {highest} does not fit meta.json's vocabulary of "
                 f"{self.vocab_size}; prepare the dataset again"
             )
+
+
+def _spread(last: int, n: int) -> np.ndarray:
+    """At most n whole numbers, evenly from 0 to `last`."""
+    return np.unique(np.linspace(0, last, n).astype(np.int64))
 
 
 @functools.lru_cache(maxsize=2)  # a step may see the end of one and the start of the next

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from errors import RunError
-from files import locked, sha256_of, show_progress
+from files import locked, sha256_of_file, show_progress
 
 TIMEOUT_SECONDS = 20  # without a byte
 SLOWEST_BYTES_PER_SECOND = 50_000  # over all of an attempt, beyond its first minutes
@@ -85,5 +85,4 @@ def _fetch(url: str, part: Path, n_bytes: int) -> None:
 
 
 def _is_right(path: Path, n_bytes: int, sha256: str) -> bool:
-    with path.open("rb") as file:
-        return path.stat().st_size == n_bytes and sha256_of(file, n_bytes).hexdigest() == sha256
+    return path.stat().st_size == n_bytes and sha256_of_file(path) == sha256

@@ -136,6 +136,11 @@ def sha256_of(file, n_bytes: int):
     return digest
 
 
+def sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return sha256_of(file, sys.maxsize).hexdigest()
+
+
 def run_folder(name: str) -> Path:
     """A run's folder; raises `InputError` for one that climbs: what it names may be anywhere."""
     path = Path(name)

@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch.nn import functional as F
 
-import checkpoint
 import pretrained
 import sample
 import tokenizer as tokenizers
@@ -44,7 +43,8 @@ BLUES, GREYS = "YlGnBu", "Greys"
 @torch.inference_mode()
 def draw(out_dir: Path, text: str | None, which: str) -> dict[str, Figure]:
     """-> the figures by name: the one called `which`, or "all". Without a text the model writes."""
-    model, tokenizer = load_model(out_dir)
+    loaded = pretrained.from_folder(out_dir)
+    model, tokenizer = loaded.build().eval(), loaded.tokenizer
     ids = written_by(model, tokenizer) if text is None else encode(tokenizer, text)
     kinds = {"attention": draw_attention, "surprise": draw_surprise, "neighbours": draw_neighbours}
     names = kinds if which == "all" else [which]
@@ -53,11 +53,6 @@ def draw(out_dir: Path, text: str | None, which: str) -> dict[str, Figure]:
             raise InputError(f"--pictures={which}: a bigram has no attention and no embedding")
         names = ["surprise"]
     return {name: kinds[name](model, tokenizer, ids) for name in names}
-
-
-def load_model(out_dir: Path) -> tuple[GPT, tokenizers.Tokenizer]:
-    loaded = pretrained.from_run(checkpoint.find(out_dir))
-    return loaded.build().eval(), loaded.tokenizer
 
 
 def encode(tokenizer: tokenizers.Tokenizer, text: str) -> torch.Tensor:

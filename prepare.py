@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import hashlib
 import itertools
 import os
@@ -36,7 +35,7 @@ import tokenizer as tokenizers
 from corpus import Corpus, Section, Survey, survey
 from download import download
 from errors import InputError, run_script
-from files import dataset_folder, locked
+from files import dataset_folder, locked, sha256_of_file
 from settings import option
 
 BATCH_CHARS = 1 << 18  # encoded at once, by one core
@@ -112,8 +111,7 @@ def from_text(config: PrepareConfig) -> Source:
 
 def from_nanogpt(config: PrepareConfig) -> Source:
     path = Path(config.input)
-    if config.tokenizer:
-        raise InputError(f"tokenizer={config.tokenizer}: {path} has its own; leave it out")
+    refuse_tokenizer(config, config.input)
     tokenizer = nanogpt.read_tokenizer(path)
     chunks, sha256 = nanogpt.read_bins(path.parent, tokenizer.vocab_size)
     described = describe(tokenizer, path.parent.name, sha256)
@@ -121,10 +119,7 @@ def from_nanogpt(config: PrepareConfig) -> Source:
 
 
 def from_problems(config: PrepareConfig) -> Source:
-    if config.tokenizer:
-        raise InputError(
-            f"tokenizer={config.tokenizer}: {config.dataset} has its own; leave it out"
-        )
+    refuse_tokenizer(config, config.dataset)
     problems = [*arithmetic.problems(config.dataset)]
     chars = arithmetic.CHARS[config.dataset]
     tokenizer = tokenizers.CharTokenizer(chars, ends_texts=True, reverses_answers=True)
@@ -134,10 +129,13 @@ def from_problems(config: PrepareConfig) -> Source:
         (split, [Section([prompt], False), Section([completion], True)])
         for split, prompt, completion in problems
     )
-    chunks = in_parallel(
-        functools.partial(encoded, tokenizer, True, True), batches(documents, tokenizer)
-    )
+    chunks = encoded(documents, tokenizer, ends_texts=True, is_masked=True)
     return Source(described, chunks, True, f"{len(problems):,} problems")
+
+
+def refuse_tokenizer(config: PrepareConfig, source: str) -> None:
+    if config.tokenizer:
+        raise InputError(f"tokenizer={config.tokenizer}: {source} has its own; leave it out")
 
 
 def describe(tokenizer: tokenizers.Tokenizer, source: str, sha256: str) -> dict:
@@ -152,7 +150,7 @@ def built_in_text(name: str) -> Path:
             f"(without one: {', '.join([*BUILT_IN, *arithmetic.CHARS])})"
         )
     if SHAKESPEARE.exists():
-        if hashlib.sha256(SHAKESPEARE.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
+        if sha256_of_file(SHAKESPEARE) == SHAKESPEARE_SHA256:
             return SHAKESPEARE
         print(f"{SHAKESPEARE} is not the expected text; downloading it anew", file=sys.stderr)
     advice = f"check the network, put the file at {SHAKESPEARE}, or give a text with --input=FILE"
@@ -190,10 +188,9 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
         )
     tokenizer = hf_tokenizer.read(path)
     if tokenizer is None:
-        import checkpoint  # these need torch
-        import pretrained
+        import pretrained  # needs torch
 
-        tokenizer = pretrained.from_run(checkpoint.find(path)).tokenizer
+        tokenizer = pretrained.from_folder(path).tokenizer
     return tokenizer
 
 
@@ -209,23 +206,26 @@ def up_to_date(folder: Path, source: Source) -> dataset.Meta | None:
 
 
 def tokenize(corpus: Corpus, found: Survey, tokenizer) -> Iterator[tuple]:
-    """-> (split, ids, mask) chunks, encoded on all cores."""
-
-    encode = functools.partial(encoded, tokenizer, not corpus.is_one_text, found.has_prompts)
-    yield from in_parallel(encode, batches(split_in_two(corpus, found), tokenizer))
+    """-> (split, ids, mask) chunks; raises InputError when the corpus is not what was surveyed."""
+    documents = split_in_two(corpus, found)
+    yield from encoded(documents, tokenizer, not corpus.is_one_text, found.has_prompts)
     if (corpus.n_documents, corpus.n_chars) != (found.n_documents, found.n_chars):
         raise InputError(f"{corpus.files[0]} changed while it was read; run the same command again")
 
 
-def encoded(tokenizer, ends_texts: bool, is_masked: bool, batch: tuple) -> tuple:
-    """A (split, parts) batch -> (split, ids, mask)."""
-    split, parts = batch
+def encoded(documents: Iterable, tokenizer, ends_texts: bool, is_masked: bool) -> Iterator[tuple]:
+    """(split, document) pairs -> (split, ids, mask) chunks, encoded on all cores."""
     end = np.array([tokenizer.end_of_text] if ends_texts else [], dtype=np.int32)
-    ids = [end if text is None else tokenizer.encode(text) for text, _ in parts]
-    mask = None
-    if is_masked:
-        mask = np.repeat([has_loss for _, has_loss in parts], [*map(len, ids)])
-    return split, np.concatenate(ids), mask
+
+    def encode(batch):
+        split, parts = batch
+        ids = [end if text is None else tokenizer.encode(text) for text, _ in parts]
+        mask = None
+        if is_masked:
+            mask = np.repeat([has_loss for _, has_loss in parts], [*map(len, ids)])
+        return split, np.concatenate(ids), mask
+
+    return in_parallel(encode, batches(documents, tokenizer))
 
 
 def split_in_two(corpus: Corpus, found: Survey) -> Iterator[tuple[str, list[Section]]]:

@@ -12,7 +12,7 @@ import checkpoint
 import tokenizer as tokenizers
 from download import download
 from errors import InputError
-from files import sha256_of
+from files import sha256_of_file
 from model import GPT, Bigram, GPTConfig, build
 
 
@@ -72,12 +72,9 @@ class Pretrained:
         Raises InputError naming every other difference.
         """
         own, wanted = dataclasses.asdict(self.config), dataclasses.asdict(config)
-        free = {"dropout", "init_std", "residual_init", "vocab_size", "block_size"}
-        different = [
-            f"{name} is {own[name]!r} there and {value!r} here"
-            for name, value in wanted.items()
-            if name not in free and own[name] != value
-        ]
+        free = {"dropout", "init_std", "residual_init", "block_size"}
+        free |= {"vocab_size"} if config.model == "gpt" else set()  # a bigram's table is not padded
+        different = checkpoint.differences(own, wanted, free)
         if config.position == "learned" and config.block_size > self.config.block_size:
             different.append(f"block_size is at most {self.config.block_size} there")
         if config.vocab_size < self.config.vocab_size:
@@ -85,6 +82,8 @@ class Pretrained:
         if different:
             raise InputError(f"init_from: {', '.join(different)}; leave these options out")
         weights = dict(self.weights)
+        if config.model == "bigram":
+            return weights
         if config.position == "learned":
             wpe = weights["transformer.wpe.weight"]
             weights["transformer.wpe.weight"] = wpe[: config.block_size]
@@ -124,6 +123,11 @@ def load(source: str) -> Pretrained:
     return from_run(path)
 
 
+def from_folder(out_dir: Path) -> Pretrained:
+    """A run's best weights, or else its latest."""
+    return from_run(checkpoint.find(out_dir))
+
+
 def from_run(path: Path) -> Pretrained:
     """What a checkpoint of Quill holds; raises InputError when it is missing or not usable."""
     contents = checkpoint.load(path)
@@ -140,9 +144,8 @@ def _released(name: str) -> Path:
     """The downloaded file, in a folder of its own: what lies beside it would be read, too."""
     release, path = RELEASES[name], Path("data", "openai-community", name, "model.safetensors")
     if path.exists():
-        with path.open("rb") as file:
-            if sha256_of(file, release.n_bytes + 1).hexdigest() == release.sha256:
-                return path
+        if sha256_of_file(path) == release.sha256:
+            return path
         raise InputError(f"{path} is not the {name} that was released: remove it")
     url = URL.format(name=name, revision=release.revision)
     advice = f"run the same command again, which goes on from there, or put the file at {path}"

@@ -127,7 +127,6 @@ def main(argv: list[str]) -> int:
 
 def load_model(config: SampleConfig):
     """-> the model, and the tokenizer that it came with, or else that of a dataset."""
-    import checkpoint
     import pretrained
 
     given = None
@@ -135,7 +134,7 @@ def load_model(config: SampleConfig):
         path = dataset_folder(config.dataset) / "meta.json"
         given = tokenizers.from_json(dataset.read_meta(path).tokenizer, str(path))
     if config.init_from == "resume":
-        loaded = pretrained.from_run(checkpoint.find(Path(config.out_dir)))
+        loaded = pretrained.from_folder(Path(config.out_dir))
     else:
         loaded = pretrained.load(config.init_from)
     if loaded.tokenizer is not None and given is not None:

@@ -14,7 +14,7 @@ import torch
 
 import parallel
 import tokenizer as tokenizers
-from checkpoint import MISFITS
+from checkpoint import MISFITS, differences
 from errors import InputError
 from model import GPTConfig
 from optim import restore
@@ -81,11 +81,7 @@ def check_same_run(trainer: Trainer, saved: dict) -> None:
     defaults = dataclasses.asdict(GPTConfig())  # what an older checkpoint did not know yet
     then = defaults | saved["model_config"] | {"optimizer": saved["config"].get("optimizer")}
     now = dataclasses.asdict(trainer.model_config) | {"optimizer": config.optimizer}
-    different = [
-        f"{name} is {then.get(name)!r} there and {value!r} here"
-        for name, value in now.items()
-        if name not in ("dropout", "init_std") and then.get(name) != value
-    ]
+    different = differences(then, now, free={"dropout", "init_std"})
     tokenizer = tokenizers.from_json(saved["tokenizer"], str(path))
     if tokenizer.to_json() != trainer.tokenizer.to_json():
         different.append(f"dataset {config.dataset!r} now has another tokenizer")

@@ -200,7 +200,8 @@ def load_start(argv: list[str], config: TrainConfig, folder: Path) -> Pretrained
     import dataset
     import pretrained
 
-    dataset.read(dataset_folder(config.dataset))  # before gigabytes are fetched for nothing
+    if source in pretrained.RELEASES:
+        dataset.read(dataset_folder(config.dataset))  # before gigabytes are fetched for nothing
     return pretrained.load(source)
 
 

@@ -84,9 +84,9 @@ class Trainer:
     def _build_model(self) -> None:
         """self.model, and self.forward, which trains it: compiled, and on all processes."""
         config = self.model_config
-        sizes = f"n_layer={config.n_layer}, n_embd={config.n_embd} and "
-        sizes = "" if config.model == "bigram" else sizes
-        sizes += f"a vocabulary of {config.vocab_size:,}"
+        sizes = f"a vocabulary of {config.vocab_size:,}"
+        if config.model == "gpt":
+            sizes = f"n_layer={config.n_layer}, n_embd={config.n_embd} and {sizes}"
         runtime.refuse_larger_than_memory(count_parameters(config), sizes, self.device)
         self.model = build(config)
         if self.shards:

@@ -47,6 +47,12 @@ def test_training_ends_where_counting_does(tiny, call):
     assert isinstance(loaded.build(), Bigram) and loaded.config.model == "bigram"
     code, out, _ = call("train", "--out_dir=out", "--init_from=resume", "--max_iters=301")
     assert code == 0 and "resuming after step 300" in out
+    start = ["--init_from=out", "--out_dir=more", "--dataset=tiny", "--max_iters=0"]
+    assert call("train", *start, "--block_size=8", "--device=cpu")[0] == 0
+    begun = pretrained.load("more").weights["table.weight"]
+    assert (begun == pretrained.from_run(Path("out/best.pt")).weights["table.weight"]).all()
+    code, _, err = call("train", *start, "--vocab_multiple=64", "--out_dir=padded")
+    assert code == 2 and is_one_error_line(err) and "vocab_size is 30 there and 64 here" in err
 
 
 def test_what_a_bigram_cannot_do_is_refused(tiny, call):
