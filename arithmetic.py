@@ -14,18 +14,21 @@ import dataclasses
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 import settings
 from errors import InputError, run_script
 from settings import option
 
-CHARS = {"addition": "+0123456789=", "calculator": "*+,-/0123456789:<=>"}
+CHARS = {"addition": "+0123456789=", "calculator": "*+,-/0123456789:;<=>"}
 SEED = 1337
-MOST_DIGITS = 3
 
+SUM_DIGITS = 3  # of the numbers that `addition` adds, at most
 N_SUMS_HELD_OUT = 10_000
+
+CALCULATOR_DIGITS = 8
 N_CALCULATIONS = 400_000  # to train on; small numbers occur again and again
-N_CELL_HELD_OUT = 150  # of the problems of an operation and two lengths, or a tenth of them
+N_CELL_HELD_OUT = 50  # of the problems of an operation and two lengths, or a tenth of them
 
 
 def problems(name: str) -> Iterator[tuple[str, str, str]]:
@@ -39,7 +42,7 @@ def addition() -> Iterator[tuple[str, str, str]]:
     Of two that differ by the order of their numbers, both are train or both are val.
     """
     rng = random.Random(SEED)
-    n = 10**MOST_DIGITS
+    n = 10**SUM_DIGITS
     sums = [(a, b) for a in range(n) for b in range(n)]
     rng.shuffle(sums)
     held_out: set = set()
@@ -55,28 +58,32 @@ def addition() -> Iterator[tuple[str, str, str]]:
 
 # ---- the calculator ----------------------------------------------------------------------------
 
-LENGTHS = range(1, MOST_DIGITS + 1)
+LENGTHS = range(1, CALCULATOR_DIGITS + 1)
 CELLS = [(operation, n, m) for operation in "+-*/" for n in LENGTHS for m in LENGTHS]
-WEIGHTS = [2 if operation in "*/" else 1 for operation, _, _ in CELLS]  # these need more practice
 
 
 def calculator() -> Iterator[tuple[str, str, str]]:
-    """a+b, a-b, a*b and a/b (the whole part) of numbers of up to three digits."""
+    """a+b, a-b, a*b and a/b (the whole part) of numbers of up to eight digits."""
     rng = random.Random(SEED)
-    held_out: dict = {}
-    for cell in CELLS:
-        n_problems = 9**2 * 10 ** (cell[1] + cell[2] - 2)
-        for _ in range(min(N_CELL_HELD_OUT, n_problems // 10)):
-            held_out[drawn(rng, cell)] = True
+    held_out = calculations_held_out(rng)
     n = 0
     while n < N_CALCULATIONS:
-        (cell,) = rng.choices(CELLS, WEIGHTS)
-        problem = drawn(rng, cell)
+        problem = drawn(rng, rng.choice(CELLS))
         if problem not in held_out:
             n += 1
             yield "train", *written(*problem)
     for problem in held_out:
         yield "val", *written(*problem)
+
+
+def calculations_held_out(rng: random.Random) -> dict[tuple[int, str, int], bool]:
+    """An ordered set, of every cell about as many."""
+    held_out: dict = {}
+    for cell in CELLS:
+        n_problems = 9**2 * 10 ** (cell[1] + cell[2] - 2)
+        for _ in range(min(N_CELL_HELD_OUT, n_problems // 10)):
+            held_out[drawn(rng, cell)] = True
+    return held_out
 
 
 def drawn(rng: random.Random, cell: tuple[str, int, int]) -> tuple[int, str, int]:
@@ -107,11 +114,19 @@ def adding(a: int, b: int) -> tuple[str, str]:
     return "+".join(aligned(a, b)), backwards(a + b)
 
 
+def difference(a: int, b: int, width: int) -> str:
+    """a - b with a mark: < if that went below zero, when a 1 was borrowed that is not there.
+
+    The mark is known once all digits are: nobody has to see at a glance which number is larger.
+    """
+    return backwards((a - b) % 10**width, width) + ("<" if a < b else ">")
+
+
 def subtracting(a: int, b: int) -> tuple[str, str]:
-    """The same, and which is larger: 12-345 is 210-543<=333-."""
-    work = "-".join(aligned(a, b))
-    answer = backwards(abs(a - b))
-    return (f"{work}<", f"{answer}-") if a < b else (f"{work}>", answer)
+    """The same, taken away: 12-345 is 210-543:766<=333-, 1000 - 667 being 333."""
+    digits, others = aligned(a, b)
+    work = f"{digits}-{others}:{difference(a, b, len(digits))}"
+    return work, backwards(abs(a - b)) + ("-" if a < b else "")
 
 
 def multiplying(a: int, b: int) -> tuple[str, str]:
@@ -124,12 +139,28 @@ def multiplying(a: int, b: int) -> tuple[str, str]:
 
 
 def dividing(a: int, b: int) -> tuple[str, str]:
-    """Long division, a digit at a time: 97/4 is 9:2*8-1,17:4*16-1,=42."""
-    work, rest = "", 0
-    for digit in str(a):
-        part = 10 * rest + int(digit)
-        rest = part % b
-        work += f"{part}:{part // b}*{part - rest}-{rest},"
+    """Long division. No digit is guessed: 8, 4, 2 and 1 times b are taken away in turn, and put
+    back where that went below zero, after b, 2b, 4b and 8b have been written down.
+
+    97/4 is 40,80,61,23;90:77<90:39<90:10>:79<10:2,71:58<71:10>:39<10:79<10:4,=42.
+    """
+    width = len(str(b)) + 1
+    multiples = [times * b for times in (1, 2, 4, 8)]
+    work = ",".join(backwards(multiple, width) for multiple in multiples) + ";"
+    digits = str(a)
+    n_first = len(str(b)) - 1  # so many digits of a are less than b
+    rest = int(digits[:n_first] or 0)
+    for digit in digits[n_first:]:
+        rest = 10 * rest + int(digit)
+        work += backwards(rest, width)
+        quotient = rest // b
+        for multiple in reversed(multiples):
+            work += f":{difference(rest, multiple, width)}"
+            if rest >= multiple:
+                rest -= multiple
+            else:
+                work += backwards(rest, width)
+        work += f":{quotient},"
     return work, backwards(a // b)
 
 
@@ -152,39 +183,53 @@ def main(argv: list[str]) -> int:
     if not loaded.tokenizer.reverses_answers:
         raise InputError(f"{config.out_dir} is no run that calculates: see `prepare.py calculator`")
     model = loaded.build().eval().to(device)
-    cells: dict = {}
-    for split, prompt, completion in problems("calculator"):
-        if split == "val":
-            operation = next(char for char in prompt if not char.isdigit())
-            a, b = prompt[:-1].split(operation)
-            cells.setdefault((operation, len(a), len(b)), []).append((prompt, completion))
-    print("digits" + "".join(f"{f'{n} and {m}':>9}" for n in LENGTHS for m in LENGTHS))
+    print("digits " + "".join(f"{n:9}" for n in LENGTHS), flush=True)
+    lowest = []
     for operation in "+-*/":
-        row = [cells[operation, n, m] for n in LENGTHS for m in LENGTHS]
-        shares = (share_right(model, loaded.tokenizer, asked) for asked in row)
-        print(f"a {operation} b " + "".join(f"{share:9.1%}" for share in shares), flush=True)
+        row: dict = {n: [] for n in LENGTHS}
+        for (n, m), right in answered(model, loaded.tokenizer, operation).items():
+            row[max(n, m)] += right
+            lowest.append((fmean(right), f"a {operation} b with {n} and {m} digits"))
+        shares = "".join(f"{fmean(right):9.2%}" for right in row.values())
+        print(f"a {operation} b  {shares}", flush=True)
+    print("lowest: {:.1%}, {}".format(*min(lowest)))
     return 0
 
 
-def share_right(model, tokenizer, asked: list[tuple[str, str]]) -> float:
+def answered(model, tokenizer, operation: str) -> dict[tuple[int, int], list[bool]]:
+    """By the lengths of both numbers: which held-out problems are right."""
+    batches: dict = {}  # their prompts are of one length
+    for a, other, b in calculations_held_out(random.Random(SEED)):
+        if other == operation:
+            cell = len(str(a)), len(str(b))
+            batches.setdefault(sum(cell), []).append((cell, written(a, operation, b)))
+    cells: dict = {}
+    for batch in batches.values():
+        asked = [problem for _, problem in batch]
+        for (cell, _), is_right in zip(batch, are_right(model, tokenizer, asked), strict=True):
+            cells.setdefault(cell, []).append(is_right)
+    return cells
+
+
+def are_right(model, tokenizer, asked: list[tuple[str, str]]) -> list[bool]:
     """Of (prompt, completion) pairs, by greedy decoding; the prompts are of one length."""
     import numpy as np
     import torch
 
     from model import generate
-    from tokenizer import decode, plain
+    from tokenizer import END_OF_TEXT, decode, plain
 
     device = next(model.parameters()).device
     idx = np.stack([tokenizer.encode(prompt) for prompt, _ in asked]).astype(np.int64)
     longest = max(len(completion) for _, completion in asked) + 1
     noise = (torch.zeros(len(asked), device=device) for _ in range(longest))
     steps = generate(model, torch.from_numpy(idx).to(device), noise, temperature=0.0)
-    answers = torch.stack([*steps], dim=1).tolist()  # (N, longest)
-    n_right = 0
-    for ids, (_, completion) in zip(answers, asked, strict=True):
-        end = ids.index(tokenizer.end_of_text) if tokenizer.end_of_text in ids else 0
-        n_right += plain(decode(tokenizer, ids[:end])) == plain(completion)
-    return n_right / len(asked)
+    rows = torch.stack([*steps], dim=1).tolist()  # (N, longest)
+    answers = [decode(tokenizer, ids).partition(END_OF_TEXT) for ids in rows]
+    return [
+        end != "" and plain(text) == plain(completion)
+        for (text, end, _), (_, completion) in zip(answers, asked, strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from trainer import count_answers
 @pytest.fixture
 def sums(folder, call, monkeypatch) -> Path:
     """A working folder with the sums of single digits."""
-    monkeypatch.setattr(arithmetic, "MOST_DIGITS", 1)
+    monkeypatch.setattr(arithmetic, "SUM_DIGITS", 1)
     monkeypatch.setattr(arithmetic, "N_SUMS_HELD_OUT", 20)
     assert call("prepare", "addition")[0] == 0
     return folder
@@ -30,7 +30,7 @@ def sums(folder, call, monkeypatch) -> Path:
 
 def test_every_sum_is_train_or_val_in_both_orders(monkeypatch):
     monkeypatch.setattr(arithmetic, "N_SUMS_HELD_OUT", 500)
-    monkeypatch.setattr(arithmetic, "MOST_DIGITS", 2)
+    monkeypatch.setattr(arithmetic, "SUM_DIGITS", 2)
     problems = [*arithmetic.addition()]
     parts = {"train": set(), "val": set()}
     for split, prompt, completion in problems:
@@ -136,7 +136,7 @@ def test_every_calculation_is_right_and_none_of_val_is_in_train(monkeypatch):
         expected = eval(prompt[:-1].replace("/", "//"))
         assert tokenizers.plain(completion) == str(expected), (prompt, completion)
         assert {*prompt, *completion} <= {*arithmetic.CHARS["calculator"]}
-        assert len(prompt) + len(completion) < 64, "fits the config's window"
+        assert len(prompt) + len(completion) <= 320, "fits the config's window"
     assert parts["val"] and not parts["train"] & parts["val"]
     assert {prompt.strip("0123456789=") for prompt in parts["val"]} == {*"+-*/"}
 
@@ -145,11 +145,20 @@ def test_every_calculation_is_right_and_none_of_val_is_in_train(monkeypatch):
     ("a", "operation", "b", "completion"),
     [
         (12, "+", 345, "210+543=753"),
-        (12, "-", 345, "210-543<=333-"),
-        (345, "-", 345, "543-543>=0"),
+        (12, "-", 345, "210-543:766<=333-"),
+        (345, "-", 345, "543-543:000>=0"),
         (12, "*", 34, "21*4:84+84,3:063+804,=804"),
-        (97, "/", 4, "9:2*8-1,17:4*16-1,=42"),
-        (3, "/", 10, "3:0*0-3,=0"),
+        (
+            97,
+            "/",
+            4,
+            "40,80,61,23;"  # 4, 8, 16, 32
+            "90:77<90:39<90:10>:79<10:2,"  # 9: not 32, not 16, but 8, which leaves 1; not 4
+            "71:58<71:10>:39<10:79<10:4,"  # 17: not 32, but 16, which leaves 1
+            "=42",
+        ),
+        (10, "/", 50, "050,001,002,004;010:016<010:018<010:019<010:069<010:0,=0"),
+        (3, "/", 10, "010,020,040,080;=0"),
     ],
 )
 def test_the_scratch_work(a, operation, b, completion):
@@ -166,20 +175,40 @@ def test_what_is_right_is_counted_by_the_answer(monkeypatch):
         prompts = [tokenizers.decode(tokenizer, row.tolist()) for row in idx]
         texts = [known[prompt] if prompt[0] != "7" else "=42" for prompt in prompts]
         for i, _ in enumerate(noise):
-            ids = [tokenizer.encode(text)[i] if i < len(text) else 19 for text in texts]
+            ids = [
+                tokenizer.encode(text)[i] if i < len(text) else tokenizer.end_of_text
+                for text in texts
+            ]
             yield torch.tensor(ids)
 
     monkeypatch.setattr("model.generate", write)
-    model = Bigram(GPTConfig(model="bigram", vocab_size=20))
-    assert arithmetic.share_right(model, tokenizer, asked) == 60 / 70
+    model = Bigram(GPTConfig(model="bigram", vocab_size=21))
+    expected = [prompt[0] != "7" for prompt, _ in asked]
+    assert arithmetic.are_right(model, tokenizer, asked) == expected
 
 
-def test_the_table_has_a_row_for_each_operation(folder, call, monkeypatch):
+def test_the_table_has_a_column_for_the_digits_of_the_longer_number(folder, call, monkeypatch):
+    cells = [cell for cell in arithmetic.CELLS if max(cell[1:]) <= 2]
+    monkeypatch.setattr(arithmetic, "LENGTHS", range(1, 3))
+    monkeypatch.setattr(arithmetic, "CELLS", cells)
     monkeypatch.setattr(arithmetic, "N_CALCULATIONS", 500)
-    monkeypatch.setattr(arithmetic, "N_CELL_HELD_OUT", 3)
     assert call("prepare", "calculator")[0] == 0
     flags = [flag for flag in TINY if not flag.startswith("--dataset")] + ["--dataset=calculator"]
-    assert call("train", *flags, "--block_size=64", "--max_iters=1")[0] == 0
+    assert call("train", *flags, "--block_size=80", "--max_iters=1")[0] == 0
     code, out, _ = call("arithmetic", "--device=cpu")
-    assert code == 0 and [line.split()[1] for line in out.splitlines()[1:]] == [*"+-*/"]
-    assert out.count("%") == 36
+    assert code == 0 and out.count(" 0.00%") == 8, "one step is not enough"
+
+    def are_right(model, tokenizer, asked):
+        """Wrong are differences that begin with a number of one digit."""
+        return ["-" not in prompt or prompt.index("-") >= 2 for prompt, _ in asked]
+
+    monkeypatch.setattr(arithmetic, "are_right", are_right)
+    lines = call("arithmetic", "--device=cpu")[1].splitlines()
+    assert lines[0].split() == ["digits", "1", "2"]
+    assert [line.split()[3:] for line in lines[1:-1]] == [
+        ["100.00%", "100.00%"],
+        ["0.00%", "66.89%"],
+        ["100.00%", "100.00%"],
+        ["100.00%", "100.00%"],
+    ]
+    assert lines[-1] == "lowest: 0.0%, a - b with 1 and 1 digits"
