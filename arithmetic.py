@@ -16,9 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+
 import settings
 from errors import InputError, run_script
 from settings import option
+from tokenizer import END_OF_TEXT, CharTokenizer, decode, plain
 
 CHARS = {"addition": "+0123456789=", "calculator": "*+,-/0123456789:;<=>"}
 SEED = 1337
@@ -34,6 +37,10 @@ N_CELL_HELD_OUT = 50  # of the problems of an operation and two lengths, or a te
 def problems(name: str) -> Iterator[tuple[str, str, str]]:
     """(split, prompt, completion), always the same; no problem of val is one of train."""
     return {"addition": addition, "calculator": calculator}[name]()
+
+
+def tokenizer_of(name: str) -> CharTokenizer:
+    return CharTokenizer(CHARS[name], ends_texts=True, reverses_answers=True)
 
 
 def addition() -> Iterator[tuple[str, str, str]]:
@@ -180,8 +187,10 @@ def main(argv: list[str]) -> int:
 
     device = runtime.pick_device(config.device)
     loaded = pretrained.from_folder(Path(config.out_dir))
-    if not loaded.tokenizer.reverses_answers:
-        raise InputError(f"{config.out_dir} is no run that calculates: see `prepare.py calculator`")
+    if loaded.tokenizer.to_json() != tokenizer_of("calculator").to_json():
+        raise InputError(
+            f"{config.out_dir} is no run of the calculator: see `prepare.py calculator`"
+        )
     model = loaded.build().eval().to(device)
     print("digits " + "".join(f"{n:9}" for n in LENGTHS), flush=True)
     lowest = []
@@ -213,11 +222,9 @@ def answered(model, tokenizer, operation: str) -> dict[tuple[int, int], list[boo
 
 def are_right(model, tokenizer, asked: list[tuple[str, str]]) -> list[bool]:
     """Of (prompt, completion) pairs, by greedy decoding; the prompts are of one length."""
-    import numpy as np
     import torch
 
     from model import generate
-    from tokenizer import END_OF_TEXT, decode, plain
 
     device = next(model.parameters()).device
     idx = np.stack([tokenizer.encode(prompt) for prompt, _ in asked]).astype(np.int64)

@@ -121,8 +121,7 @@ def from_nanogpt(config: PrepareConfig) -> Source:
 def from_problems(config: PrepareConfig) -> Source:
     refuse_tokenizer(config, config.dataset)
     problems = [*arithmetic.problems(config.dataset)]
-    chars = arithmetic.CHARS[config.dataset]
-    tokenizer = tokenizers.CharTokenizer(chars, ends_texts=True, reverses_answers=True)
+    tokenizer = arithmetic.tokenizer_of(config.dataset)
     sha256 = hashlib.sha256("\n".join(map(" ".join, problems)).encode()).hexdigest()
     described = describe(tokenizer, config.dataset, sha256)
     documents = (

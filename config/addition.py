@@ -1,5 +1,5 @@
 # Sums of numbers of up to three digits, learned from examples: `python prepare.py addition` first.
-# About a minute on a CPU. Only the answers carry loss, and are written from the last digit on.
+# Two to three minutes on a CPU. Only answers carry loss, and are written from the last digit on.
 
 dataset = "addition"
 eval_interval = 1000  # all 10,000 problems that were held out

@@ -167,7 +167,7 @@ def test_the_scratch_work(a, operation, b, completion):
 
 def test_what_is_right_is_counted_by_the_answer(monkeypatch):
     """By a stand-in that knows all answers but those of numbers that begin with a 7."""
-    tokenizer = tokenizers.CharTokenizer(arithmetic.CHARS["calculator"], True, True)
+    tokenizer = arithmetic.tokenizer_of("calculator")
     asked = [arithmetic.written(a, "-", 31) for a in range(10, 80)]
     known = {prompt: "=" + completion.split("=")[1] for prompt, completion in asked}
 
@@ -212,3 +212,10 @@ def test_the_table_has_a_column_for_the_digits_of_the_longer_number(folder, call
         ["100.00%", "100.00%"],
     ]
     assert lines[-1] == "lowest: 0.0%, a - b with 1 and 1 digits"
+
+
+def test_a_run_that_is_no_calculator_is_refused(sums, call):
+    flags = [flag for flag in TINY if not flag.startswith("--dataset")] + ["--dataset=addition"]
+    assert call("train", *flags, "--max_iters=1")[0] == 0
+    code, out, err = call("arithmetic", "--device=cpu")
+    assert (code, out) == (2, "") and "out is no run of the calculator" in err
