@@ -124,13 +124,15 @@ def adding(a: int, b: int) -> tuple[str, str]:
 def difference(a: int, b: int, width: int) -> str:
     """a - b with a mark: < if that went below zero, when a 1 was borrowed that is not there.
 
-    The mark is known once all digits are: nobody has to see at a glance which number is larger.
+    The mark is known once all digits are, so the numbers need not be compared first.
     """
     return backwards((a - b) % 10**width, width) + ("<" if a < b else ">")
 
 
 def subtracting(a: int, b: int) -> tuple[str, str]:
-    """The same, taken away: 12-345 is 210-543:766<=333-, 1000 - 667 being 333."""
+    """Both numbers aligned, and their difference, from which the answer is read: 12-345 is
+    210-543:766<=333-, for 667 stands for 667 - 1000.
+    """
     digits, others = aligned(a, b)
     work = f"{digits}-{others}:{difference(a, b, len(digits))}"
     return work, backwards(abs(a - b)) + ("-" if a < b else "")
@@ -155,7 +157,7 @@ def dividing(a: int, b: int) -> tuple[str, str]:
     multiples = [times * b for times in (1, 2, 4, 8)]
     work = ",".join(backwards(multiple, width) for multiple in multiples) + ";"
     digits = str(a)
-    n_first = len(str(b)) - 1  # so many digits of a are less than b
+    n_first = len(str(b)) - 1  # digits of a, too few to hold b even once
     rest = int(digits[:n_first] or 0)
     for digit in digits[n_first:]:
         rest = 10 * rest + int(digit)
@@ -230,7 +232,13 @@ def are_right(model, tokenizer, asked: list[tuple[str, str]]) -> list[bool]:
     idx = np.stack([tokenizer.encode(prompt) for prompt, _ in asked]).astype(np.int64)
     longest = max(len(completion) for _, completion in asked) + 1
     noise = (torch.zeros(len(asked), device=device) for _ in range(longest))
-    steps = generate(model, torch.from_numpy(idx).to(device), noise, temperature=0.0)
+    steps = generate(
+        model,
+        torch.from_numpy(idx).to(device),
+        noise,
+        temperature=0.0,
+        vocab_size=tokenizer.vocab_size,
+    )
     rows = torch.stack([*steps], dim=1).tolist()  # (N, longest)
     answers = [decode(tokenizer, ids).partition(END_OF_TEXT) for ids in rows]
     return [

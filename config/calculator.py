@@ -8,23 +8,23 @@ log_interval = 100
 
 batch_size = 24  # windows of one long or several short problems
 gradient_accumulation_steps = 1
-block_size = 320  # the longest problem: one digit of a quotient after the other
+block_size = 320  # the longest, 10000000/1000= with its work and its end, is 320 tokens
 
 n_layer = 3
 n_head = 4
 n_embd = 128
-dropout = 0.0  # hardly anything is seen twice
+dropout = 0.0  # all but small numbers are seen once or twice
 position = "rotary"
 qk_norm = True
 mlp = "swiglu"
 init_std = 0.09  # about 1 / sqrt(n_embd)
 
-optimizer = "muon"  # half of AdamW's loss after as many steps
+optimizer = "muon"
 muon_learning_rate = 0.015
 muon_momentum = 0.9
 learning_rate = 4e-3  # of the embedding and the gains, which AdamW trains
 beta2 = 0.99
-min_lr = 0.0  # most is learned when the steps are small
+min_lr = 0.0  # the last 15 % come when the steps are small
 lr_schedule = "linear"
 warmup_iters = 50
 max_iters = 7000

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import REPO, TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -136,9 +138,19 @@ def test_every_calculation_is_right_and_none_of_val_is_in_train(monkeypatch):
         expected = eval(prompt[:-1].replace("/", "//"))
         assert tokenizers.plain(completion) == str(expected), (prompt, completion)
         assert {*prompt, *completion} <= {*arithmetic.CHARS["calculator"]}
-        assert len(prompt) + len(completion) <= 320, "fits the config's window"
     assert parts["val"] and not parts["train"] & parts["val"]
     assert {prompt.strip("0123456789=") for prompt in parts["val"]} == {*"+-*/"}
+
+
+def test_the_longest_problem_fits_the_configs_window():
+    numbers = [10 ** (n - 1) for n in arithmetic.LENGTHS] + [10**n - 1 for n in arithmetic.LENGTHS]
+    config = runpy.run_path(str(REPO / "config" / "calculator.py"))
+    n_tokens = 1 + max(
+        len("".join(arithmetic.written(a, operation, b)))
+        for operation in "+-*/"
+        for a, b in itertools.product(numbers, repeat=2)
+    )
+    assert n_tokens == config["block_size"]
 
 
 @pytest.mark.parametrize(
@@ -166,24 +178,25 @@ def test_the_scratch_work(a, operation, b, completion):
 
 
 def test_what_is_right_is_counted_by_the_answer(monkeypatch):
-    """By a stand-in that knows all answers but those of numbers that begin with a 7."""
+    """By a stand-in that knows all answers, but those of numbers that begin with a 7, and does not
+    end those that begin with a 6. Its scratch work is always wrong."""
     tokenizer = arithmetic.tokenizer_of("calculator")
     asked = [arithmetic.written(a, "-", 31) for a in range(10, 80)]
-    known = {prompt: "=" + completion.split("=")[1] for prompt, completion in asked}
+    known = {prompt: "0=" + completion.split("=")[1] for prompt, completion in asked}
 
-    def write(model, idx, noise, temperature):
+    def write(model, idx, noise, temperature, vocab_size):
         prompts = [tokenizers.decode(tokenizer, row.tolist()) for row in idx]
         texts = [known[prompt] if prompt[0] != "7" else "=42" for prompt in prompts]
-        for i, _ in enumerate(noise):
-            ids = [
-                tokenizer.encode(text)[i] if i < len(text) else tokenizer.end_of_text
-                for text in texts
-            ]
-            yield torch.tensor(ids)
+        n_steps = sum(1 for _ in noise)
+        rows = [[*tokenizer.encode(text), *[tokenizer.end_of_text] * n_steps] for text in texts]
+        for row, prompt in zip(rows, prompts, strict=True):
+            if prompt[0] == "6":
+                row[:n_steps] = tokenizer.encode(known[prompt].rjust(n_steps, "0"))
+        yield from torch.tensor([row[:n_steps] for row in rows]).T
 
     monkeypatch.setattr("model.generate", write)
     model = Bigram(GPTConfig(model="bigram", vocab_size=21))
-    expected = [prompt[0] != "7" for prompt, _ in asked]
+    expected = [prompt[0] not in "67" for prompt, _ in asked]
     assert arithmetic.are_right(model, tokenizer, asked) == expected
 
 
@@ -194,7 +207,7 @@ def test_the_table_has_a_column_for_the_digits_of_the_longer_number(folder, call
     monkeypatch.setattr(arithmetic, "N_CALCULATIONS", 500)
     assert call("prepare", "calculator")[0] == 0
     flags = [flag for flag in TINY if not flag.startswith("--dataset")] + ["--dataset=calculator"]
-    assert call("train", *flags, "--block_size=80", "--max_iters=1")[0] == 0
+    assert call("train", *flags, "--block_size=80", "--max_iters=1", "--vocab_multiple=64")[0] == 0
     code, out, _ = call("arithmetic", "--device=cpu")
     assert code == 0 and out.count(" 0.00%") == 8, "one step is not enough"
 
