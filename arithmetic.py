@@ -96,7 +96,7 @@ def calculations_held_out(rng: random.Random) -> dict[tuple[int, str, int], bool
 def drawn(rng: random.Random, cell: tuple[str, int, int]) -> tuple[int, str, int]:
     operation, n, m = cell
     a = rng.randrange(10 ** (n - 1) if n > 1 else 0, 10**n)
-    b = rng.randrange(10 ** (m - 1) if m > 1 else operation == "/", 10**m)
+    b = rng.randrange(10 ** (m - 1) if m > 1 or operation == "/" else 0, 10**m)
     return a, operation, b
 
 

@@ -30,6 +30,10 @@ def sums(folder, call, monkeypatch) -> Path:
     return folder
 
 
+def tiny_on(name: str) -> list[str]:
+    return [flag for flag in TINY if not flag.startswith("--dataset")] + [f"--dataset={name}"]
+
+
 def test_every_sum_is_train_or_val_in_both_orders(monkeypatch):
     monkeypatch.setattr(arithmetic, "N_SUMS_HELD_OUT", 500)
     monkeypatch.setattr(arithmetic, "SUM_DIGITS", 2)
@@ -84,7 +88,7 @@ def test_what_is_counted_is_what_greedy_decoding_writes(folder, call, monkeypatc
     both = [(split, *problem) for split in dataset.SPLITS for problem in problems]  # known by heart
     monkeypatch.setattr(arithmetic, "addition", lambda: both)
     assert call("prepare", "addition")[0] == 0
-    flags = [flag for flag in TINY if not flag.startswith("--dataset")] + ["--dataset=addition"]
+    flags = tiny_on("addition")
     flags += ["--block_size=11", "--max_iters=60", "--eval_interval=60", "--learning_rate=3e-2"]
     code, out, _ = call("train", *flags)
     last = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[-1])
@@ -112,7 +116,7 @@ def test_what_is_counted_is_what_greedy_decoding_writes(folder, call, monkeypatc
 
 
 def test_answers_are_shown_in_plain_order(sums, call, monkeypatch):
-    flags = [flag for flag in TINY if not flag.startswith("--dataset")] + ["--dataset=addition"]
+    flags = tiny_on("addition")
     assert call("train", *flags, "--max_iters=1")[0] == 0
     argv = ["sample", "--start=1+2=", "--max_new_tokens=6", "--device=cpu"]
     plain = call(*argv, "--num_samples=2")[1].split("---------------")
@@ -206,7 +210,7 @@ def test_the_table_has_a_column_for_the_digits_of_the_longer_number(folder, call
     monkeypatch.setattr(arithmetic, "CELLS", cells)
     monkeypatch.setattr(arithmetic, "N_CALCULATIONS", 500)
     assert call("prepare", "calculator")[0] == 0
-    flags = [flag for flag in TINY if not flag.startswith("--dataset")] + ["--dataset=calculator"]
+    flags = tiny_on("calculator")
     assert call("train", *flags, "--block_size=80", "--max_iters=1", "--vocab_multiple=64")[0] == 0
     code, out, _ = call("arithmetic", "--device=cpu")
     assert code == 0 and out.count(" 0.00%") == 8, "one step is not enough"
@@ -228,7 +232,7 @@ def test_the_table_has_a_column_for_the_digits_of_the_longer_number(folder, call
 
 
 def test_a_run_that_is_no_calculator_is_refused(sums, call):
-    flags = [flag for flag in TINY if not flag.startswith("--dataset")] + ["--dataset=addition"]
+    flags = tiny_on("addition")
     assert call("train", *flags, "--max_iters=1")[0] == 0
     code, out, err = call("arithmetic", "--device=cpu")
     assert (code, out) == (2, "") and "out is no run of the calculator" in err
