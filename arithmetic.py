@@ -26,12 +26,16 @@ from tokenizer import END_OF_TEXT, CharTokenizer, decode, plain
 CHARS = {"addition": "+0123456789=", "calculator": "*+,-/0123456789:;<=>"}
 SEED = 1337
 
+Problem = tuple[int, str, int]  # a, operation, b
+
 SUM_DIGITS = 3  # of the numbers that `addition` adds, at most
 N_SUMS_HELD_OUT = 10_000
 
 CALCULATOR_DIGITS = 8
 N_CALCULATIONS = 400_000  # to train on; small numbers occur again and again
-N_CELL_HELD_OUT = 50  # of the problems of an operation and two lengths, or a tenth of them
+N_CELL_HELD_OUT = 40  # of the problems of an operation and two lengths, or a tenth of them
+N_REPEATED_HELD_OUT = 15  # more with repeated digits, where both have five digits or more
+N_CLOSE_HELD_OUT = 50  # more of close numbers, where both have as many, and five or more
 
 
 def problems(name: str) -> Iterator[tuple[str, str, str]]:
@@ -70,12 +74,16 @@ CELLS = [(operation, n, m) for operation in "+-*/" for n in LENGTHS for m in LEN
 
 
 def calculator() -> Iterator[tuple[str, str, str]]:
-    """a+b, a-b, a*b and a/b (the whole part) of numbers of up to eight digits."""
+    """a+b, a-b, a*b and a/b (the whole part) of numbers of up to eight digits.
+
+    Random numbers alone do not teach 12345678-12345678 or 70000000*80000000: half of the numbers
+    have repeated digits, and a quarter of the pairs of one length are close.
+    """
     rng = random.Random(SEED)
     held_out = calculations_held_out(rng)
     n = 0
     while n < N_CALCULATIONS:
-        problem = drawn(rng, rng.choice(CELLS))
+        problem = drawn(rng, rng.choice(CELLS), repeated=1 / 2, close=1 / 4)
         if problem not in held_out:
             n += 1
             yield "train", *written(*problem)
@@ -83,21 +91,52 @@ def calculator() -> Iterator[tuple[str, str, str]]:
         yield "val", *written(*problem)
 
 
-def calculations_held_out(rng: random.Random) -> dict[tuple[int, str, int], bool]:
-    """An ordered set, of every cell about as many."""
+def calculations_held_out(rng: random.Random) -> dict[Problem, str]:
+    """Each problem and the column of the table that it counts in: the digits of the longer number
+    where both are random, else what is special about the two.
+    """
     held_out: dict = {}
     for cell in CELLS:
-        n_problems = 9**2 * 10 ** (cell[1] + cell[2] - 2)
+        _, n, m = cell
+        n_problems = 9**2 * 10 ** (n + m - 2)
         for _ in range(min(N_CELL_HELD_OUT, n_problems // 10)):
-            held_out[drawn(rng, cell)] = True
+            held_out.setdefault(drawn(rng, cell), str(max(n, m)))
+        if min(n, m) > max(LENGTHS) // 2:
+            for _ in range(N_REPEATED_HELD_OUT):
+                held_out.setdefault(drawn(rng, cell, repeated=1), "repeated")
+            for _ in range(N_CLOSE_HELD_OUT if n == m else 0):
+                held_out.setdefault(drawn(rng, cell, close=1), "close")
     return held_out
 
 
-def drawn(rng: random.Random, cell: tuple[str, int, int]) -> tuple[int, str, int]:
+def drawn(
+    rng: random.Random, cell: tuple[str, int, int], repeated: float = 0, close: float = 0
+) -> Problem:
+    """A problem of the cell. `repeated`: see number(). `close`: how probable it is that numbers of
+    the same length differ by one of fewer digits, or not at all.
+    """
     operation, n, m = cell
-    a = rng.randrange(10 ** (n - 1) if n > 1 else 0, 10**n)
-    b = rng.randrange(10 ** (m - 1) if m > 1 or operation == "/" else 0, 10**m)
+    a, b = number(rng, n, repeated), number(rng, m, repeated)
+    if n == m and rng.random() < close:
+        gap = number(rng, rng.randrange(n))
+        b = rng.choice([near for near in (a - gap, a + gap) if len(str(near)) == n])
+    if operation == "/":
+        b = max(b, 1)
     return a, operation, b
+
+
+def number(rng: random.Random, n_digits: int, repeated: float = 0) -> int:
+    """`repeated`: how probable it is that the last digits, in half of the cases all of them, are
+    drawn from one to three alone, often 0, as in 77777777, 40000000 or 1231212.
+    """
+    digits = rng.choices("0123456789", k=n_digits)
+    if rng.random() < repeated:
+        n_first = max(0, rng.randrange(-n_digits, n_digits))  # that stay as they are
+        few = rng.choices("0" * 9 + "123456789", k=rng.choice((1, 1, 2, 3)))
+        digits[n_first:] = rng.choices(few, k=n_digits - n_first)
+    if n_digits > 1 and digits[0] == "0":
+        digits[0] = rng.choice("123456789")
+    return int("".join(digits) or 0)
 
 
 def written(a: int, operation: str, b: int) -> tuple[str, str]:
@@ -130,12 +169,19 @@ def difference(a: int, b: int, width: int) -> str:
 
 
 def subtracting(a: int, b: int) -> tuple[str, str]:
-    """Both numbers aligned, and their difference, from which the answer is read: 12-345 is
-    210-543:766<=333-, for 667 stands for 667 - 1000.
+    """Both numbers aligned and their difference; then its size from the first digit on, with a ;
+    for each leading zero, to know where the answer will end: 2841-2331 is 1482-1332:0150>:;510=015.
+
+    Below zero, the size comes before that from its last digit on: 300-345 leaves 955, which stands
+    for 955 - 1000 = -45, and is 003-543:559<540:;45=54-.
     """
     digits, others = aligned(a, b)
-    work = f"{digits}-{others}:{difference(a, b, len(digits))}"
-    return work, backwards(abs(a - b)) + ("-" if a < b else "")
+    width, size = len(digits), abs(a - b)
+    work = f"{digits}-{others}:{difference(a, b, width)}"
+    if a < b:
+        work += backwards(size, width)
+    work += ":" + str(size).rjust(width, ";")
+    return work, backwards(size) + ("-" if a < b else "")
 
 
 def multiplying(a: int, b: int) -> tuple[str, str]:
@@ -194,32 +240,27 @@ def main(argv: list[str]) -> int:
             f"{config.out_dir} is no run of the calculator: see `prepare.py calculator`"
         )
     model = loaded.build().eval().to(device)
-    print("digits " + "".join(f"{n:9}" for n in LENGTHS), flush=True)
-    lowest = []
+    held_out = calculations_held_out(random.Random(SEED))
+    columns = [*dict.fromkeys(held_out.values())]
+    print("digits " + "".join(f"{column:>9}" for column in columns), flush=True)
     for operation in "+-*/":
-        row: dict = {n: [] for n in LENGTHS}
-        for (n, m), right in answered(model, loaded.tokenizer, operation).items():
-            row[max(n, m)] += right
-            lowest.append((fmean(right), f"a {operation} b with {n} and {m} digits"))
+        row: dict = {column: [] for column in columns}
+        asked = [problem for problem in held_out if problem[1] == operation]
+        for problem, is_right in answered(model, loaded.tokenizer, asked):
+            row[held_out[problem]].append(is_right)
         shares = "".join(f"{fmean(right):9.2%}" for right in row.values())
         print(f"a {operation} b  {shares}", flush=True)
-    print("lowest: {:.1%}, {}".format(*min(lowest)))
     return 0
 
 
-def answered(model, tokenizer, operation: str) -> dict[tuple[int, int], list[bool]]:
-    """By the lengths of both numbers: which held-out problems are right."""
-    batches: dict = {}  # their prompts are of one length
-    for a, other, b in calculations_held_out(random.Random(SEED)):
-        if other == operation:
-            cell = len(str(a)), len(str(b))
-            batches.setdefault(sum(cell), []).append((cell, written(a, operation, b)))
-    cells: dict = {}
+def answered(model, tokenizer, asked: list[Problem]) -> Iterator[tuple[Problem, bool]]:
+    """Each problem, in some order, and whether its answer is right."""
+    batches: dict = {}  # by the length of their prompts
+    for problem in asked:
+        batches.setdefault(len(written(*problem)[0]), []).append(problem)
     for batch in batches.values():
-        asked = [problem for _, problem in batch]
-        for (cell, _), is_right in zip(batch, are_right(model, tokenizer, asked), strict=True):
-            cells.setdefault(cell, []).append(is_right)
-    return cells
+        right = are_right(model, tokenizer, [written(*problem) for problem in batch])
+        yield from zip(batch, right, strict=True)
 
 
 def are_right(model, tokenizer, asked: list[tuple[str, str]]) -> list[bool]:

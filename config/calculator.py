@@ -27,6 +27,6 @@ beta2 = 0.99
 min_lr = 0.0  # the last 15 % come when the steps are small
 lr_schedule = "linear"
 warmup_iters = 50
-max_iters = 7000
+max_iters = 8000
 
 device = "cpu"  # at this size a GPU would mostly wait for its next command

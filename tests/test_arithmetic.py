@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
+import re
 import runpy
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -144,6 +147,48 @@ def test_every_calculation_is_right_and_none_of_val_is_in_train(monkeypatch):
         assert {*prompt, *completion} <= {*arithmetic.CHARS["calculator"]}
     assert parts["val"] and not parts["train"] & parts["val"]
     assert {prompt.strip("0123456789=") for prompt in parts["val"]} == {*"+-*/"}
+    numbers = [re.split(r"[-+*/]", prompt[:-1]) for prompt in parts["train"]]
+    long = [(a, b) for a, b in numbers if min(len(a), len(b)) > 4]
+    assert sum(a == b for a, b in long) > 10  # close ones
+    assert sum(a[1:].strip("0") == "" for a, _ in long) > 50  # repeated digits
+    held_out = arithmetic.calculations_held_out(random.Random(arithmetic.SEED))
+    assert {f"{a}{operation}{b}=" for a, operation, b in held_out} == parts["val"]
+
+
+@given(
+    st.randoms(use_true_random=False),
+    st.sampled_from(arithmetic.CELLS),
+    *[st.sampled_from([0.0, 0.3, 1.0])] * 2,
+)
+def test_a_problem_has_the_lengths_of_its_cell(rng, cell, repeated, close):
+    a, operation, b = arithmetic.drawn(rng, cell, repeated, close)
+    assert (operation, len(str(a)), len(str(b))) == cell
+    assert b > 0 or operation != "/"
+    if close == 1 and cell[1] == cell[2] > 1:
+        assert abs(a - b) < 10 ** (cell[1] - 1)
+
+
+def test_repeated_digits_and_close_numbers_come_often():
+    rng = random.Random(0)
+    numbers = [str(arithmetic.number(rng, 8, repeated=1)) for _ in range(1000)]
+    assert sum(len({*number[1:]}) <= 3 for number in numbers) > 500
+    assert sum(number == number[0] * 8 for number in numbers) > 100
+    assert sum(number[1:] == "0" * 7 for number in numbers) > 100
+    problems = [arithmetic.drawn(rng, ("-", 8, 8), close=1) for _ in range(1000)]
+    assert sum(a == b for a, _, b in problems) > 100
+    gaps = Counter(len(str(abs(a - b))) for a, _, b in problems if a != b)
+    assert {*gaps} == {*range(1, 8)} and min(gaps.values()) > 50
+
+
+def test_a_held_out_problem_counts_in_the_column_of_its_kind():
+    for (a, _, b), column in arithmetic.calculations_held_out(random.Random(0)).items():
+        n, m = len(str(a)), len(str(b))
+        if column == "close":
+            assert n == m > 4 and abs(a - b) < 10 ** (n - 1)
+        elif column == "repeated":
+            assert min(n, m) > 4
+        else:
+            assert column == str(max(n, m))
 
 
 def test_the_longest_problem_fits_the_configs_window():
@@ -161,8 +206,9 @@ def test_the_longest_problem_fits_the_configs_window():
     ("a", "operation", "b", "completion"),
     [
         (12, "+", 345, "210+543=753"),
-        (12, "-", 345, "210-543:766<=333-"),
-        (345, "-", 345, "543-543:000>=0"),
+        (300, "-", 345, "003-543:559<540:;45=54-"),
+        (345, "-", 345, "543-543:000>:;;0=0"),
+        (2841, "-", 2331, "1482-1332:0150>:;510=015"),
         (12, "*", 34, "21*4:84+84,3:063+804,=804"),
         (
             97,
@@ -204,7 +250,7 @@ def test_what_is_right_is_counted_by_the_answer(monkeypatch):
     assert arithmetic.are_right(model, tokenizer, asked) == expected
 
 
-def test_the_table_has_a_column_for_the_digits_of_the_longer_number(folder, call, monkeypatch):
+def test_the_table_has_a_column_for_each_kind_of_numbers(folder, call, monkeypatch):
     cells = [cell for cell in arithmetic.CELLS if max(cell[1:]) <= 2]
     monkeypatch.setattr(arithmetic, "LENGTHS", range(1, 3))
     monkeypatch.setattr(arithmetic, "CELLS", cells)
@@ -213,22 +259,20 @@ def test_the_table_has_a_column_for_the_digits_of_the_longer_number(folder, call
     flags = tiny_on("calculator")
     assert call("train", *flags, "--block_size=80", "--max_iters=1", "--vocab_multiple=64")[0] == 0
     code, out, _ = call("arithmetic", "--device=cpu")
-    assert code == 0 and out.count(" 0.00%") == 8, "one step is not enough"
+    assert code == 0 and out.count(" 0.00%") == 16, "one step is not enough"
 
     def are_right(model, tokenizer, asked):
-        """Wrong are differences that begin with a number of one digit."""
-        return ["-" not in prompt or prompt.index("-") >= 2 for prompt, _ in asked]
+        """Wrong are differences that begin with a number of one digit, and those of equal ones."""
+        parts = [prompt[:-1].split("-") for prompt, _ in asked]
+        return [len(part) < 2 or (len(part[0]) > 1 and part[0] != part[1]) for part in parts]
 
     monkeypatch.setattr(arithmetic, "are_right", are_right)
     lines = call("arithmetic", "--device=cpu")[1].splitlines()
-    assert lines[0].split() == ["digits", "1", "2"]
-    assert [line.split()[3:] for line in lines[1:-1]] == [
-        ["100.00%", "100.00%"],
-        ["0.00%", "66.89%"],
-        ["100.00%", "100.00%"],
-        ["100.00%", "100.00%"],
-    ]
-    assert lines[-1] == "lowest: 0.0%, a - b with 1 and 1 digits"
+    assert lines[0].split() == ["digits", "1", "2", "repeated", "close"]
+    rows = [line.split()[3:] for line in lines[1:]]
+    assert [rows[0], *rows[2:]] == [["100.00%"] * 4] * 3
+    assert rows[1][:2] == ["0.00%", "66.39%"]
+    assert float(rows[1][3].rstrip("%")) < float(rows[1][2].rstrip("%"))
 
 
 def test_a_run_that_is_no_calculator_is_refused(sums, call):
