@@ -35,7 +35,7 @@ CALCULATOR_DIGITS = 8
 N_CALCULATIONS = 400_000  # to train on; small numbers occur again and again
 N_CELL_HELD_OUT = 40  # of the problems of an operation and two lengths, or a tenth of them
 N_REPEATED_HELD_OUT = 15  # more with repeated digits, where both have five digits or more
-N_CLOSE_HELD_OUT = 50  # more of close numbers, where both have as many, and five or more
+N_CLOSE_HELD_OUT = 50  # more of close numbers, where both are equally long, too
 
 
 def problems(name: str) -> Iterator[tuple[str, str, str]]:
@@ -145,8 +145,8 @@ def written(a: int, operation: str, b: int) -> tuple[str, str]:
     return f"{a}{operation}{b}=", "=".join(work(a, b))
 
 
-def backwards(number: int, width: int = 0) -> str:
-    return str(number).zfill(width)[::-1]
+def backwards(value: int, width: int = 0) -> str:
+    return str(value).zfill(width)[::-1]
 
 
 def aligned(a: int, b: int) -> tuple[str, str]:
@@ -257,10 +257,10 @@ def answered(model, tokenizer, asked: list[Problem]) -> Iterator[tuple[Problem, 
     """Each problem, in some order, and whether its answer is right."""
     batches: dict = {}  # by the length of their prompts
     for problem in asked:
-        batches.setdefault(len(written(*problem)[0]), []).append(problem)
+        prompt, completion = written(*problem)
+        batches.setdefault(len(prompt), {})[problem] = prompt, completion
     for batch in batches.values():
-        right = are_right(model, tokenizer, [written(*problem) for problem in batch])
-        yield from zip(batch, right, strict=True)
+        yield from zip(batch, are_right(model, tokenizer, [*batch.values()]), strict=True)
 
 
 def are_right(model, tokenizer, asked: list[tuple[str, str]]) -> list[bool]:
