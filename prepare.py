@@ -26,17 +26,14 @@ from pathlib import Path
 
 import numpy as np
 
-import arithmetic
-import dataset
-import hf_tokenizer
-import nanogpt
-import settings
-import tokenizer as tokenizers
-from corpus import Corpus, Section, Survey, survey
-from download import download
-from errors import InputError, run_script
-from files import dataset_folder, locked, sha256_of_file
-from settings import option
+from quill import arithmetic, settings
+from quill.data import dataset, tokenizers
+from quill.data.corpus import Corpus, Section, Survey, survey
+from quill.data.download import download
+from quill.errors import InputError, run_command
+from quill.files import dataset_folder, file_lock, sha256_of_file
+from quill.interop import hf_tokenizers, nanogpt
+from quill.settings import option
 
 BATCH_CHARS = 1 << 18  # encoded at once, by one core
 TRAIN_SHARE = 0.9
@@ -77,7 +74,7 @@ def main(argv: list[str]) -> int:
         source = from_nanogpt(config)
     else:
         source = from_text(config)
-    with locked(folder):
+    with file_lock(folder):
         meta = up_to_date(folder, source)
         done = "up to date:"
         if meta is None:
@@ -185,9 +182,9 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
             f"tokenizer={path}: use char, byte, gpt2, a dataset's meta.json, nanoGPT's meta.pkl, "
             "or the folder of a run or of a Hugging Face model"
         )
-    tokenizer = hf_tokenizer.read(path)
+    tokenizer = hf_tokenizers.read(path)
     if tokenizer is None:
-        import pretrained  # needs torch
+        from quill.interop import pretrained  # needs torch
 
         tokenizer = pretrained.from_folder(path).tokenizer
     return tokenizer
@@ -285,4 +282,4 @@ def in_parallel(function, items: Iterable) -> Iterator:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command(main)

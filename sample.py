@@ -18,12 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-import dataset
-import settings
-import tokenizer as tokenizers
-from errors import InputError, RunError, run_script, silence_stdout
-from files import dataset_folder
-from settings import DType, option
+from quill import settings
+from quill.data import dataset, tokenizers
+from quill.errors import InputError, RunError, run_command, silence_stdout
+from quill.files import dataset_folder
+from quill.settings import DType, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,17 +96,17 @@ def main(argv: list[str]) -> int:
     config = settings.load(SampleConfig, argv, usage=__doc__)
     prompt = read_prompt(config.start)
     # Here, not at the top: torch takes a second, --help and typos should not.
-    import runtime
+    from quill.training import devices
 
-    device = runtime.pick_device(config.device)
+    device = devices.pick_device(config.device)
     sys.stdout.reconfigure(errors="replace")
-    with runtime.out_of_memory_advice(f"lower num_samples={config.num_samples}"):
+    with devices.out_of_memory_advice(f"lower num_samples={config.num_samples}"):
         model, tokenizer = load_model(config)
-        model = model.eval().to(device, runtime.pick_dtype(config.dtype, device))
+        model = model.eval().to(device, devices.pick_dtype(config.dtype, device))
         if config.interactive:
-            import chat
+            from quill.sampling import interactive as chat
 
-            with runtime.fast_decoding(model):
+            with devices.fast_decoding(model):
                 chat.run(functools.partial(write, model, tokenizer), config)
             return 0
         try:
@@ -117,7 +116,7 @@ def main(argv: list[str]) -> int:
                 f"the prompt does not fit this model, give another --start: {error}"
             ) from None
         try:
-            with runtime.fast_decoding(model):
+            with devices.fast_decoding(model):
                 print_samples(prompt, tokens(model, tokenizer, ids, config), tokenizer, config)
             sys.stdout.flush()
         except BrokenPipeError:  # the reader, `head` say, has seen enough
@@ -127,7 +126,7 @@ def main(argv: list[str]) -> int:
 
 def load_model(config: SampleConfig):
     """-> the model, and the tokenizer that it came with, or else that of a dataset."""
-    import pretrained
+    from quill.interop import pretrained
 
     given = None
     if config.dataset:
@@ -193,8 +192,8 @@ def tokens(model, tokenizer: tokenizers.Tokenizer, ids: np.ndarray, config: Samp
     """
     import torch
 
-    import runtime
     from model import generate
+    from quill.training import devices
 
     device = next(model.parameters()).device
     idx = torch.from_numpy(ids.astype(np.int64)).to(device).expand(config.num_samples, -1)
@@ -213,7 +212,7 @@ def tokens(model, tokenizer: tokenizers.Tokenizer, ids: np.ndarray, config: Samp
         top_k=config.top_k,
         top_p=config.top_p,
         vocab_size=tokenizer.vocab_size,
-        read_one=runtime.compiled_decoding(model) if config.compile else None,
+        read_one=devices.compiled_decoding(model) if config.compile else None,
     )
     for step in steps:
         ids = step.tolist()
@@ -244,4 +243,4 @@ def print_samples(prompt: str, steps, tokenizer, config: SampleConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command(main)

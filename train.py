@@ -15,14 +15,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import settings
-from errors import InputError, run_script
-from files import dataset_folder, locked, run_folder
-from settings import DType, option
+from quill import settings
+from quill.errors import InputError, run_command
+from quill.files import dataset_folder, file_lock, run_folder
+from quill.settings import DType, option
 
 if TYPE_CHECKING:
-    from pretrained import Pretrained
-    from trainer import Trainer
+    from quill.interop.pretrained import Pretrained
+    from quill.training.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +124,9 @@ class TrainConfig:
 def main(argv: list[str]) -> int:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return run(argv)
-    import parallel
+    from quill.training import distributed
 
-    with parallel.together():
+    with distributed.together():
         return run(argv)
 
 
@@ -134,32 +134,30 @@ def run(argv: list[str]) -> int:
     config = settings.load(TrainConfig, argv, usage=__doc__)
     folder = run_folder(config.out_dir)
     # Here, not at the top: torch takes a second, --help and typos should not.
-    import parallel
-    import runtime
+    from quill.training import devices, distributed
 
     sys.stdout.reconfigure(errors="replace")  # a sample may have characters that it lacks
     with contextlib.ExitStack() as stack:
-        if parallel.is_main() and not config.eval_only:
-            stack.enter_context(locked(folder))
-        with runtime.out_of_memory_advice("lower n_embd or n_layer"):
+        if distributed.is_main() and not config.eval_only:
+            stack.enter_context(file_lock(folder))
+        with devices.out_of_memory_advice("lower n_embd or n_layer"):
             trainer = make_trainer(argv, config, folder)
         advice = (
             f"halve batch_size={trainer.config.batch_size} and double "
             "gradient_accumulation_steps, which trains the same, or lower block_size, n_embd or "
             "n_layer"
         )
-        with runtime.out_of_memory_advice(advice):
+        with devices.out_of_memory_advice(advice):
             return trainer.run()
 
 
 def make_trainer(argv: list[str], config: TrainConfig, folder: Path) -> Trainer:
     """A new run, or one that goes on; on several processes, with the first one's options."""
-    import parallel
-    import runtime
-    from trainer import Trainer
+    from quill.training import devices, distributed
+    from quill.training.trainer import Trainer
 
     saved = start = base = None
-    if parallel.is_main():
+    if distributed.is_main():
         saved = load_saved(folder, config)
         start = None if saved is not None else load_start(argv, config, folder)
     # What the command line does not say is as the run had it, or as the weights need it.
@@ -169,14 +167,14 @@ def make_trainer(argv: list[str], config: TrainConfig, folder: Path) -> Trainer:
         base = start.options()
     if base is not None:
         config = settings.load(TrainConfig, argv, usage=__doc__, base=base)
-    config = TrainConfig(**parallel.tell(dataclasses.asdict(config)))
-    parallel.connect(runtime.pick_device(config.device), config.backend)
-    return Trainer(config, parallel.share(saved), start)
+    config = TrainConfig(**distributed.tell(dataclasses.asdict(config)))
+    distributed.connect(devices.pick_device(config.device), config.backend)
+    return Trainer(config, distributed.share(saved), start)
 
 
 def load_saved(folder: Path, config: TrainConfig) -> dict | None:
     """The checkpoint to continue from, None for a new run."""
-    import checkpoint
+    from quill.training import checkpoint
 
     goes_on = config.init_from == "auto" and checkpoint.can_resume(folder)
     if config.init_from == "resume" or goes_on:
@@ -197,8 +195,8 @@ def load_start(argv: list[str], config: TrainConfig, folder: Path) -> Pretrained
             f"out_dir={config.out_dir}: the run would write over {source}, which it starts from; "
             "choose another folder, or --init_from=resume to go on with that run"
         )
-    import dataset
-    import pretrained
+    from quill.data import dataset
+    from quill.interop import pretrained
 
     if source in pretrained.RELEASES:
         dataset.read(dataset_folder(config.dataset))  # before gigabytes are fetched for nothing
@@ -206,4 +204,4 @@ def load_start(argv: list[str], config: TrainConfig, folder: Path) -> Pretrained
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_command(main)

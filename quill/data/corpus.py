@@ -1,0 +1,257 @@
+"""Texts to read: a file, a folder or a pattern of files, as documents in pieces of any size.
+
+The kinds of files:
+
+    *.txt, any other name     one document
+    *.jsonl                   a document a line: {"text": ...} or {"prompt": ..., "completion": ...}
+    *.parquet                 a document a row, of the column `text`
+    *.txt.gz, *.jsonl.gz      the same, unpacked on the way
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import dataclasses
+import glob
+import gzip
+import hashlib
+import itertools
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from quill.data.tokenizers import code_points
+from quill.errors import InputError
+from quill.files import sha256_of_file, show_progress
+
+CHUNK_BYTES = 1 << 20
+LONGEST_LINE = 1 << 26  # bytes of a .jsonl file
+ROWS_AT_ONCE = 16  # of a .parquet file
+IN_FOLDERS = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
+
+
+class Section(NamedTuple):
+    """A document is a list of these: one, or a prompt and its completion."""
+
+    texts: Iterable[str]  # in pieces, to be read before the next section is asked for
+    has_loss: bool
+
+
+class Corpus:
+    """Files that are read from the first to the last, as often as wanted."""
+
+    def __init__(self, name: str):
+        """name: a file, a folder with everything below it, or a pattern such as books/*.txt."""
+        self.files = _find(name)
+        self.is_one_text = len(self.files) == 1 and _kind(self.files[0]) == "txt"
+        self.n_bytes = sum(map(_size, self.files))
+        self.n_documents = self.n_chars = 0  # read in the latest pass
+
+    def documents(self, doing: str) -> Iterator[list[Section]]:
+        """Raises InputError for the first file, or line of it, that is not what it should be."""
+        self.n_documents = self.n_chars = 0
+        n_before = 0
+        for path in self.files:
+            show = partial(self._show, doing, path, n_before)
+            for document in _READERS[_kind(path)](path, show):
+                self.n_documents += 1
+                yield [Section(self._counted(texts), has_loss) for texts, has_loss in document]
+            n_before += _size(path)
+
+    def _show(self, doing: str, path: Path, n_before: int, n_bytes: int) -> None:
+        show_progress(f"{doing} {path}", n_before + n_bytes, self.n_bytes)
+
+    def _counted(self, texts: Iterable[str]) -> Iterator[str]:
+        for text in texts:
+            self.n_chars += len(text)
+            yield text
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a first pass over a corpus finds out."""
+
+    n_documents: int
+    n_chars: int
+    chars: str  # the distinct ones, in code point order
+    has_prompts: bool
+    sha256: str  # of the file; of the files' digests where there are several
+
+
+def survey(corpus: Corpus) -> Survey:
+    """Raises InputError for an empty corpus, and for one that is only here and there prompts."""
+    seen = np.zeros(sys.maxunicode + 1, dtype=bool)
+    n_with_prompts = 0
+    for document in corpus.documents("reading"):
+        n_with_prompts += len(document) > 1
+        for section in document:
+            for text in section.texts:
+                seen[code_points(text)] = True
+    name = corpus.files[0] if len(corpus.files) == 1 else f"{len(corpus.files)} files"
+    if corpus.n_chars == 0:
+        raise InputError(f"{name}: empty, there is no text")
+    if 0 < n_with_prompts < corpus.n_documents:
+        raise InputError(
+            f"{name}: {n_with_prompts:,} of {corpus.n_documents:,} documents are a prompt and a "
+            "completion, the others are not: prepare them one by one"
+        )
+    digests = [f"{_kind(path)} {sha256_of_file(path)}" for path in corpus.files]
+    sha256 = digests[0].split()[1]
+    if len(digests) > 1:
+        sha256 = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return Survey(
+        corpus.n_documents,
+        corpus.n_chars,
+        "".join(map(chr, np.flatnonzero(seen))),
+        n_with_prompts > 0,
+        sha256,
+    )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
+def _find(name: str) -> list[Path]:
+    path = Path(name)
+    if path.is_dir():
+        found = [p for p in path.rglob("*") if p.name.lower().endswith(IN_FOLDERS) and p.is_file()]
+        found = [p for p in found if not re.search(r"(^|/)\.", p.relative_to(path).as_posix())]
+        wanted = f"no {', '.join(IN_FOLDERS)} in it"
+    elif not path.exists() and glob.has_magic(name):
+        matches = glob.glob(name, recursive=True)  # noqa: PTH207 (Path's takes no absolute pattern)
+        found = [Path(match) for match in matches if Path(match).is_file()]
+        wanted = "no file matches"
+    else:
+        return [path]
+    if not found:
+        raise InputError(f"input={name}: {wanted}")
+    return sorted(found)
+
+
+# ---- one reader for each kind of file ----------------------------------------------------------
+# Each yields documents, as lists of (texts, has_loss), and calls `show` with the bytes it has read.
+
+
+def _kind(path: Path) -> str:
+    name = path.name.lower()
+    if name.endswith(".gz") and not name.endswith(IN_FOLDERS):
+        raise InputError(f"{path}: only .txt.gz and .jsonl.gz are unpacked here; unpack it first")
+    name = name.removesuffix(".gz")
+    return next((kind for kind in ("jsonl", "parquet") if name.endswith(f".{kind}")), "txt")
+
+
+@contextlib.contextmanager
+def _opened(path: Path):
+    """-> the file's contents, and the file itself, which knows how far it has been read."""
+    try:
+        if not path.is_file() and not path.is_dir():
+            raise InputError(f"{path} is not a file that can be read twice; save it to one first")
+        raw = path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    with raw:
+        try:
+            yield (gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw), raw
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise InputError(f"{path} cannot be unpacked ({error}): it is damaged") from None
+
+
+def _read_txt(path: Path, show: Callable) -> Iterator[list]:
+    pieces = _pieces(path, show)
+    for first in pieces:  # an empty file is no document
+        yield [(itertools.chain([first], pieces), True)]
+
+
+def _pieces(path: Path, show: Callable) -> Iterator[str]:
+    """The file's text; line ends stay as they are."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position = 0
+    with _opened(path) as (file, raw):
+        while True:
+            data = file.read(CHUNK_BYTES)
+            pending = len(decoder.getstate()[0])
+            try:
+                piece = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                offset = position - pending + error.start
+                raise InputError(
+                    f"{path} is not UTF-8: byte {offset:,} is wrong; convert it first"
+                ) from None
+            if position == 0:
+                piece = piece.removeprefix("\ufeff")  # which Windows puts before a text
+            position += len(data)
+            show(raw.tell())
+            if piece:
+                yield piece
+            if not data:
+                return
+
+
+def _read_jsonl(path: Path, show: Callable) -> Iterator[list]:
+    with _opened(path) as (file, raw):
+        number = 0
+        while line := file.readline(LONGEST_LINE + 1):
+            number += 1
+            if not line.isspace():
+                try:
+                    document = _document(line)
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"{path}, line {number}: {error}") from None
+                if document:
+                    yield document
+            show(raw.tell())
+
+
+def _document(line: bytes) -> list:
+    """Nothing for an empty text; raises ValueError when the line is no document."""
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"longer than {LONGEST_LINE:,} bytes")
+    record = json.loads(line)
+    keys = [{"text"}, {"prompt", "completion"}]
+    fields = record.keys() & {*keys[0], *keys[1]} if isinstance(record, dict) else set()
+    if fields not in keys:
+        raise ValueError(
+            f'neither {{"text": ...}} nor {{"prompt": ..., "completion": ...}}, but {record!r:.80}'
+        )
+    for field in fields:
+        text = record[field]
+        if type(text) is not str or (not text and field != "text"):
+            raise ValueError(f"{field!r} is not a text, or empty")
+        if b"\\u" in line and re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"{field!r} holds half a character (a lone surrogate)")
+    if "text" in fields:
+        return [((record["text"],), True)] if record["text"] else []
+    return [((record["prompt"],), False), ((record["completion"],), True)]
+
+
+def _read_parquet(path: Path, show: Callable) -> Iterator[list]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise InputError(f"{error}; install the extra: pip install '.[data]'") from None
+    with _opened(path) as (file, raw):
+        try:
+            for rows in parquet.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=["text"]):
+                for text in rows.column("text").to_pylist():
+                    if type(text) is not str:
+                        raise InputError(f"{path}: its column text holds {text!r:.80}")
+                    if text:
+                        yield [((text,), True)]
+                show(raw.tell())
+        except (ArrowException, ValueError, KeyError, OSError) as error:
+            raise InputError(f"{path} is not a table with a column text: {error}") from None
+
+
+_READERS = {"txt": _read_txt, "jsonl": _read_jsonl, "parquet": _read_parquet}

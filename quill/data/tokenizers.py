@@ -1,0 +1,236 @@
+"""Tokenizers: text to token ids and back. Each one is fully described by a small JSON object.
+
+That object is written into a dataset's meta.json and into every checkpoint, so a run can always
+decode what it generates. All three kinds offer the same things:
+
+    vocab_size                 ids are 0 .. vocab_size - 1
+    end_of_text                the id that ends a document; None where there is none
+    encode(text) -> ids        a one-dimensional array of ids; END_OF_TEXT in it is ordinary text
+    parts(texts)               one text in pieces of any size -> parts to encode one by one
+    decode_bytes(ids)          UTF-8; a single byte token may be a fraction of a character
+    reverses_answers           whether completions are sums, say: see `plain`
+    to_json()                  plain types; `from_json` undoes it
+"""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import re
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from quill.errors import InputError, RunError
+
+END_OF_TEXT = "<|endoftext|>"  # as GPT-2 spells it
+
+
+class CharTokenizer:
+    """One token per character of the training text, and one to end a document if wanted."""
+
+    def __init__(self, chars: str, ends_texts: bool = False, reverses_answers: bool = False):
+        self.chars, self.reverses_answers = chars, reverses_answers
+        self.vocab_size = len(chars) + ends_texts
+        self.end_of_text = len(chars) if ends_texts else None
+        known = code_points(chars)
+        # One table look-up per character; the extra last entry is for any higher code point.
+        self._id_of = np.full(int(known.max(initial=0)) + 2, -1, dtype=np.int32)
+        self._id_of[known] = np.arange(len(chars))
+        self._token_bytes = [char.encode("utf-8") for char in (*chars, END_OF_TEXT)]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Raises `InputError` naming the characters that are not in the vocabulary."""
+        ids = self._id_of.take(code_points(text), mode="clip")
+        if ids.size and ids.min() < 0:
+            unknown = [text[i] for i in np.flatnonzero(ids < 0)]
+            distinct = sorted(set(unknown))
+            names = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in distinct[:10])
+            more = f" and {len(distinct) - 10} more" if len(distinct) > 10 else ""
+            raise InputError(
+                f"the vocabulary of {len(self.chars)} characters lacks {names}{more}: "
+                f"{len(unknown):,} of {len(text):,} characters"
+            )
+        return ids
+
+    def parts(self, texts: Iterable[str]) -> Iterable[str]:
+        return texts
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self._token_bytes[i] for i in ids)
+
+    def to_json(self) -> dict:
+        flags = {"ends_texts": self.end_of_text is not None}
+        flags |= {"reverses_answers": True} if self.reverses_answers else {}
+        return {"kind": "char", "chars": self.chars, **flags}
+
+
+class ByteTokenizer:
+    """One token per UTF-8 byte, any text at all, and one to end a document if wanted."""
+
+    reverses_answers = False
+
+    def __init__(self, ends_texts: bool = False):
+        self.vocab_size = 256 + ends_texts
+        self.end_of_text = 256 if ends_texts else None
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+
+    def parts(self, texts: Iterable[str]) -> Iterable[str]:
+        return texts
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(bytes([i]) if i < 256 else END_OF_TEXT.encode() for i in ids)
+
+    def to_json(self) -> dict:
+        return {"kind": "byte", "ends_texts": self.end_of_text is not None}
+
+
+class BPETokenizer:
+    """GPT-2's byte-pair encoding, by tiktoken; special tokens in a text are ordinary characters."""
+
+    reverses_answers = False
+
+    # How a text is cut before its bytes are merged: tiktoken's form of GPT-2's expression.
+    _PATTERN = (
+        r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+    )
+
+    # A split before a blank that follows a non-blank never cuts a GPT-2 pre-token in two.
+    _SAFE_SPLIT = re.compile(r"(?<=\S)(?=[ \n])")
+    _PART_CHARS = 1 << 18
+
+    def __init__(self, tokens: list[bytes], special: list[str]):
+        """tokens: in the order of their merges, which is that of their ids; `special` follow.
+
+        Raises ValueError when they do not make a tokenizer: every byte must be one of them.
+        """
+        import tiktoken
+
+        distinct = {*tokens}
+        if len(distinct) < len(tokens) or not {bytes([b]) for b in range(256)} <= distinct:
+            raise ValueError("its tokens are not distinct, or lack one of the 256 bytes")
+        if b"" in distinct or len({*special}) < len(special):
+            raise ValueError("it has an empty token, or the same special token twice")
+        self.tokens, self.special = tokens, special
+        self.vocab_size = len(tokens) + len(special)
+        self.end_of_text = (
+            len(tokens) + special.index(END_OF_TEXT) if END_OF_TEXT in special else None
+        )
+        self._encoding = tiktoken.Encoding(
+            "gpt2",
+            pat_str=self._PATTERN,
+            mergeable_ranks={token: i for i, token in enumerate(tokens)},
+            special_tokens={name: len(tokens) + i for i, name in enumerate(special)},
+        )
+
+    @classmethod
+    def gpt2(cls) -> BPETokenizer:
+        """GPT-2's own; tiktoken downloads it once, into TIKTOKEN_CACHE_DIR where that is set."""
+        import requests
+        import tiktoken
+
+        try:
+            gpt2 = tiktoken.get_encoding("gpt2")
+        except requests.RequestException as error:
+            raise RunError(
+                f"the GPT-2 tokenizer could not be downloaded ({type(error).__name__}): connect "
+                "once, or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has it, or use "
+                "--tokenizer=byte, which needs no download"
+            ) from None
+        n_ordinary = gpt2.n_vocab - len(gpt2.special_tokens_set)
+        ordinary = [gpt2.decode_single_token_bytes(i) for i in range(n_ordinary)]
+        return cls(ordinary, sorted(gpt2.special_tokens_set))
+
+    def encode(self, text: str) -> np.ndarray:
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
+    def parts(self, texts: Iterable[str]) -> Iterator[str]:
+        pending = ""
+        for text in texts:
+            pending += text
+            start = 0
+            while split := self._SAFE_SPLIT.search(pending, start + self._PART_CHARS):
+                yield pending[start : split.start()]
+                start = split.start()
+            pending = pending[start:]
+        yield pending
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self._encoding.decode_bytes(list(ids))
+
+    def to_json(self) -> dict:
+        words = " ".join(base64.b64encode(token).decode("ascii") for token in self.tokens)
+        return {"kind": "gpt2", "tokens": words, "special": self.special}
+
+
+Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer
+
+
+def from_json(spec: object, source: str) -> Tokenizer:
+    """Rebuild a tokenizer; raises `InputError` naming `source` when `spec` is not one."""
+    try:
+        ends_texts, reverses = spec.get("ends_texts", False), spec.get("reverses_answers", False)
+        if type(ends_texts) is not bool or type(reverses) is not bool:
+            raise ValueError("ends_texts or reverses_answers is neither true nor false")
+        if spec["kind"] == "char":
+            chars = spec["chars"]
+            if type(chars) is not str or not chars or len(set(chars)) < len(chars):
+                raise ValueError("chars must be distinct")
+            return CharTokenizer(chars, ends_texts, reverses)
+        if spec["kind"] == "byte":
+            return ByteTokenizer(ends_texts)
+        if spec["kind"] == "gpt2":
+            tokens = [base64.b64decode(word, validate=True) for word in spec["tokens"].split(" ")]
+            special = spec["special"]
+            if type(special) is not list or not all(type(name) is str for name in special):
+                raise ValueError("special is not a list of texts")
+            return BPETokenizer(tokens, special)
+        raise ValueError(f"unknown kind {spec['kind']!r}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{source}: no usable tokenizer in it ({error})") from None
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Like `encode`, but `END_OF_TEXT` is that token where the tokenizer has it."""
+    if tokenizer.end_of_text is None:
+        return tokenizer.encode(text)
+    end = np.array([tokenizer.end_of_text])
+    parts = [part for text in text.split(END_OF_TEXT) for part in (end, tokenizer.encode(text))]
+    return np.concatenate(parts[1:])
+
+
+def plain(completion: str) -> str:
+    """The answer as a person reads it, of a tokenizer that `reverses_answers`.
+
+    It stands behind the last "=", if there is one, from its last digit on.
+    """
+    return completion.rpartition("=")[2][::-1]
+
+
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """Bytes that are not UTF-8 become U+FFFD."""
+    return tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+class StreamDecoder:
+    """Decode ids as they come; a character is returned once all of its bytes are there."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, ids: Iterable[int]) -> str:
+        return self._utf8.decode(self._tokenizer.decode_bytes(ids))
+
+    def finish(self) -> str:
+        """What is left: U+FFFD for a character that was never completed, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def code_points(text: str) -> np.ndarray:
+    """One unsigned integer per character."""
+    if text.isascii():  # one byte a character: four times less to move
+        return np.frombuffer(text.encode("ascii"), dtype=np.uint8)
+    return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)

@@ -1,0 +1,83 @@
+"""What can go wrong, and what the shell sees of it: one line on stderr and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+
+
+class InputError(Exception):
+    """The user's input is wrong: an option, a config, a dataset, a checkpoint or a prompt."""
+
+
+class RunError(Exception):
+    """The input was fine, the run itself failed: non-finite loss, out of memory, disk full."""
+
+
+def run_command(main) -> None:
+    """Run `main(argv) -> exit code` as a command; what may fail fails with one line."""
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        failure = expected_failure(error)
+        if failure is None:
+            raise
+        if isinstance(error, BrokenPipeError):
+            silence_stdout()
+        message, code = failure
+        print_error(message)
+    sys.exit(code)
+
+
+def _interrupt(number, frame) -> None:
+    """Ctrl-C as ever, but for an import: its callbacks and libraries make something else of it."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            print_error("interrupted")
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def expected_failure(error: BaseException) -> tuple[str, int] | None:
+    """-> (what to tell the user, exit code); None for a bug, which shows its traceback."""
+    if isinstance(error, InputError):
+        return str(error), EXIT_BAD_INPUT
+    if isinstance(error, RunError):
+        return str(error), EXIT_FAILED
+    if isinstance(error, BrokenPipeError):
+        return "nobody reads the output any more; stopped", EXIT_FAILED
+    if isinstance(error, OSError):
+        return describe_os_error(error), EXIT_FAILED
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    return None
+
+
+def silence_stdout() -> None:
+    """After a broken pipe: nothing can be written, and flushing at exit must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def describe_os_error(error: OSError) -> str:
+    """One line that names the file, the reason and, where there is one, the way out."""
+    advice = {
+        errno.ENOSPC: "; free some space and run the same command again",
+        errno.EDQUOT: "; free some space and run the same command again",
+        errno.EACCES: "; check its permissions",
+        errno.EROFS: "; choose a folder that can be written",
+    }.get(error.errno, "")
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}{advice}"
+
+
+def print_error(message: str) -> None:
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)  # over a progress line
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)

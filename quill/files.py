@@ -1,0 +1,175 @@
+"""Files that are either whole or not there, the folders that hold them, and their progress."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+from quill.errors import InputError, RunError
+
+READ_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def atomic_write(*paths: Path, keep: Path | None = None, is_whole=None):
+    """Yield one writable binary file for each path.
+
+    They are written under `<name>.tmp`, flushed to the disk and, when the block ends well, renamed
+    in the order given. When that ends badly they are removed, and whatever was there before stays.
+    Of several, the last makes the others valid: it is away while they change, and `finish_atomic_write`
+    can do what a kill between two renames left undone.
+
+    keep: a second name for what one path held until now.
+    is_whole: called with each temporary file, to be read back from the disk where the system can
+    drop it from memory. Raises `RunError` when it returns false.
+    """
+    temporary = [_temporary(path) for path in paths]
+    handles = []
+    try:
+        for tmp in temporary:
+            handles.append(tmp.open("wb"))
+        yield handles
+        for handle in handles:
+            handle.flush()
+            os.fsync(handle.fileno())
+            if is_whole is not None and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            handle.close()
+        for tmp, path in zip(temporary, paths, strict=True):
+            if is_whole is not None and not is_whole(tmp):
+                raise RunError(f"{path}: what was read back is not what was written")
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(paths[0] if len(paths) == 1 else paths[0].parent)
+        for handle in handles:
+            with contextlib.suppress(OSError):  # closing flushes again what could not be written
+                handle.close()
+        for tmp in temporary:
+            tmp.unlink(missing_ok=True)
+        raise
+    # From here on nothing is removed: an interruption leaves what `finish_atomic_write` needs.
+    if len(paths) > 1:
+        paths[-1].unlink(missing_ok=True)
+    if keep is not None and paths[0].exists():
+        _give_second_name(paths[0], keep)
+    for tmp, path in zip(temporary, paths, strict=True):
+        tmp.replace(path)
+    _sync_folder(paths[0].parent)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def _give_second_name(path: Path, name: Path) -> None:
+    """Without a moment in which `path` is missing, where the file system has hard links."""
+    _temporary(name).unlink(missing_ok=True)
+    try:
+        os.link(path, _temporary(name))
+    except OSError:
+        path.replace(name)
+    else:
+        _temporary(name).replace(name)
+
+
+def finish_atomic_write(*paths: Path, is_whole) -> None:
+    """Rename what `atomic_write` had written to the end when it was killed; `is_whole(last path)`.
+
+    Raises `InputError` when it is at work just now.
+    """
+    if paths[-1].exists() or not is_whole(_temporary(paths[-1])):
+        return
+    with file_lock(paths[0].parent):
+        for path in paths:
+            if _temporary(path).exists():
+                _temporary(path).replace(path)
+        _sync_folder(paths[0].parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames survive a power cut, where the operating system lets a folder be synced."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def file_lock(folder: Path):
+    """Make `folder` and hold it; raises `InputError` while another process does.
+
+    The operating system lets go when the process ends, in whatever way, so the file `.lock` that
+    stays behind means nothing. Where there are no such locks, a line on stderr says so.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{folder}: there is a file of that name") from None
+    with (folder / ".lock").open("a") as file:
+        try:
+            import fcntl  # not there on Windows
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{folder} is in use: another process writes there; wait for it to end, or choose "
+                "another folder"
+            ) from None
+        except (ImportError, OSError) as error:
+            print(f"{folder} cannot be locked ({error}): use it once at a time", file=sys.stderr)
+        yield
+
+
+def sha256_of(file, n_bytes: int):
+    """The hash, to go on with, of the next `n_bytes` of an open file, or of what there is."""
+    digest = hashlib.sha256()
+    while data := file.read(min(READ_BYTES, n_bytes)):
+        digest.update(data)
+        n_bytes -= len(data)
+    return digest
+
+
+def sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return sha256_of(file, sys.maxsize).hexdigest()
+
+
+def run_folder(name: str) -> Path:
+    """A run's folder; raises `InputError` for one that climbs: what it names may be anywhere."""
+    path = Path(name)
+    if not name or ".." in path.parts:
+        raise InputError(
+            f"out_dir={name[:100]!r}: give the run's folder as a path below this one or from the "
+            "root, without '..'"
+        )
+    return path
+
+
+def dataset_folder(name: str) -> Path:
+    """`data/<name>`; raises `InputError` for a name that is not a plain folder name."""
+    if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+        raise InputError(
+            f"dataset {name[:100]!r}: give a plain folder name (letters, digits, '_', '-', '.'); "
+            "it is looked up in data/"
+        )
+    return Path("data") / name
+
+
+_last_shown = 0.0
+
+
+def show_progress(what: str, done: int, total: int) -> None:
+    """A line on stderr, rewritten a few times a second, when a person is looking."""
+    global _last_shown
+    is_done = done >= total
+    if (is_done or time.monotonic() - _last_shown > 0.2) and sys.stderr.isatty():
+        _last_shown = time.monotonic()
+        line = "" if is_done else f"{what}: {done / total:4.0%}"
+        print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)

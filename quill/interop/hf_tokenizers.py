@@ -1,0 +1,181 @@
+"""Tokenizers in Hugging Face's form, a tokenizer.json: read from a folder, or made of Quill's own.
+
+Byte-pair encoding is there a vocabulary and a list of merges, with tokens spelled in an alphabet
+of one visible character a byte: the form in which GPT-2's was published.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+from quill.data.tokenizers import END_OF_TEXT, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
+from quill.errors import InputError
+
+_BYTES = [bytes([b]) for b in range(256)]
+_VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_OTHERS = [b for b in range(256) if b not in _VISIBLE]
+_LETTERS = [chr(b if b in _VISIBLE else 256 + _OTHERS.index(b)) for b in range(256)]
+_BYTE_OF = {letter: b for b, letter in enumerate(_LETTERS)}
+
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+_EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated"}
+_EACH_CHARACTER |= {"invert": False}
+
+
+def read(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a model's folder; None where it has none.
+
+    Raises `InputError` for one that Quill has not.
+    """
+    path = folder / "tokenizer.json"
+    if path.exists():
+        spec = read_json(path)
+    elif (path := folder / "vocab.json").exists():
+        lines = _read_text(folder / "merges.txt").split("\n")
+        merges = [line for line in lines if line and not line.startswith("#version")]
+        spec = {"pre_tokenizer": _BYTE_LEVEL, "model": {"vocab": read_json(path), "merges": merges}}
+    else:
+        return None
+    try:
+        is_char = spec["model"].get("type") == "WordLevel"
+        return _char_tokenizer(spec) if is_char else _bpe_tokenizer(spec)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{path}: not a tokenizer that Quill has ({type(error).__name__}: {error})"
+        ) from None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; raises `InputError` when that is not what the file holds."""
+    try:
+        contents = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON, or damaged ({error})") from None
+    if not isinstance(contents, dict):
+        raise InputError(f"{path} is not a JSON object")
+    return contents
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 at byte {error.start}") from None
+
+
+def _char_tokenizer(spec: dict) -> CharTokenizer:
+    vocab = spec["model"]["vocab"]
+    text = "".join(sorted(vocab, key=vocab.get))
+    tokenizer = CharTokenizer(text.removesuffix(END_OF_TEXT), text.endswith(END_OF_TEXT))
+    if specification(tokenizer) != spec:
+        raise ValueError("of words, not as Quill writes one of characters")
+    return tokenizer
+
+
+def _bpe_tokenizer(spec: dict) -> BPETokenizer | ByteTokenizer:
+    _refuse_other_rules(spec)
+    added = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
+    vocab = spec["model"]["vocab"] | added
+    merges = [m if type(m) is str else " ".join(m) for m in spec["model"]["merges"]]
+    names = sorted(vocab, key=vocab.get)
+    if [vocab[name] for name in names] != [*range(len(names))]:
+        raise ValueError("its ids are not 0, 1, 2 and so on")
+    n_ordinary = len(_BYTES) + len(merges)
+    ordinary, special = names[:n_ordinary], names[n_ordinary:]
+    if not added.keys() <= {*special} or not {*"".join(ordinary)} <= _BYTE_OF.keys():
+        raise ValueError("its special tokens are not the last, or the others not of bytes")
+    tokens = [bytes(_BYTE_OF[letter] for letter in name) for name in ordinary]
+    tokenizer = BPETokenizer(tokens, special)
+    if merges_of(tokens) != merges:
+        raise ValueError("its merges are not in the order of its ids")
+    if tokens == _BYTES and special in ([], [END_OF_TEXT]):
+        return ByteTokenizer(bool(special))
+    return tokenizer
+
+
+def _refuse_other_rules(spec: dict) -> None:
+    """Raise ValueError for what would give a text other ids than GPT-2's rules."""
+    model, cut = spec["model"], spec.get("pre_tokenizer") or {}
+    for name, value, needed in [
+        ("its model", model.get("type", "BPE"), "BPE"),
+        ("its normalizer", spec.get("normalizer"), None),
+        ("its pre_tokenizer", cut.get("type"), "ByteLevel"),
+        ("add_prefix_space", cut.get("add_prefix_space", True), False),
+        ("use_regex", cut.get("use_regex", True), True),
+        ("what it adds", _adds(spec.get("post_processor") or {"type": "ByteLevel"}), False),
+        ("truncation", spec.get("truncation"), None),
+        ("ignore_merges", model.get("ignore_merges", False), False),
+        ("dropout", model.get("dropout") or None, None),
+        ("continuing_subword_prefix", model.get("continuing_subword_prefix") or "", ""),
+        ("end_of_word_suffix", model.get("end_of_word_suffix") or "", ""),
+    ]:
+        if value != needed:
+            raise ValueError(f"{name} is {value!r:.80}, not {needed!r}")
+
+
+def _adds(post_processor: dict) -> bool:
+    """Whether it puts tokens around a text."""
+    is_template = post_processor["type"] == "TemplateProcessing"
+    return post_processor["type"] != "ByteLevel" and not (
+        is_template and not post_processor["special_tokens"]
+    )
+
+
+def specification(tokenizer: Tokenizer) -> dict:
+    """The contents of a tokenizer.json that gives every text the ids of `encode_prompt`.
+
+    Raises ValueError for tokens that no merges of others make.
+    """
+    special = [] if tokenizer.end_of_text is None else [END_OF_TEXT]
+    if isinstance(tokenizer, CharTokenizer):
+        names, cut, decoder = [*tokenizer.chars], _EACH_CHARACTER, {"type": "Fuse"}
+        model = {"type": "WordLevel", "unk_token": "<unk>"}  # not a token: unknown is an error
+    else:
+        tokens = _BYTES
+        if isinstance(tokenizer, BPETokenizer):
+            tokens, special = tokenizer.tokens, tokenizer.special
+        names = [_spelled(token) for token in tokens]
+        cut, decoder = _BYTE_LEVEL, _BYTE_LEVEL
+        model = {"type": "BPE", "merges": merges_of(tokens)}
+    model["vocab"] = {name: i for i, name in enumerate(names + special)}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": model["vocab"][name], "content": name, **flags, "special": True}
+            for name in special
+        ],
+        "normalizer": None,
+        "pre_tokenizer": cut,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": model,
+    }
+
+
+def merges_of(tokens: list[bytes]) -> list[str]:
+    """The two parts that make each longer token when only lower ids may merge: 'Ġ t' and so on.
+
+    Raises ValueError when that leaves more than two.
+    """
+    rank, merges = {token: i for i, token in enumerate(tokens)}, []
+    for token in tokens:
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [a + b for a, b in itertools.pairwise(parts)]
+            ranks = [rank.get(pair, len(tokens)) for pair in pairs]
+            i = ranks.index(min(ranks))
+            if ranks[i] > rank[token]:
+                raise ValueError(f"no merges make its token {token!r}")
+            parts[i : i + 2] = [pairs[i]]
+        if len(parts) == 2:
+            merges.append(" ".join(_spelled(part) for part in parts))
+    return merges
+
+
+def _spelled(token: bytes) -> str:
+    return "".join(_LETTERS[b] for b in token)

@@ -1,0 +1,202 @@
+"""Settings: a dataclass of defaults, overridden by config files, overridden by flags.
+
+A script declares its options as a dataclass whose fields are made with `option()`; `load()` fills
+one in from the command line. Config files are plain Python assignments, as in nanoGPT:
+
+    python train.py config/small.py --batch_size=32 --compile false
+
+Everything that is wrong with the input is reported at once, as one `InputError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import runpy
+import sys
+import traceback
+import types
+import typing
+from pathlib import Path
+
+from quill.errors import InputError
+
+DType = typing.Literal["auto", "float32", "bfloat16", "float16"]
+
+_UNREADABLE = object()
+
+
+def option(default, help: str, *, min: float | None = None, max: float | None = None):
+    """A dataclass field with its one line of help and, for numbers, its inclusive bounds."""
+    return dataclasses.field(default=default, metadata={"help": help, "min": min, "max": max})
+
+
+def load(cls, argv: list[str], *, usage: str, positional: str | None = None, base=None):
+    """Return an instance of the dataclass `cls` for a command line.
+
+    Words that are not flags name config files, or, where `positional` names an option, give that
+    option's value. `base` is a dict of values to start from in place of the defaults (unknown
+    names in it are ignored: it may come from an older version). Prints help and exits on `--help`.
+    """
+    types_of = typing.get_type_hints(cls)
+    if "--help" in argv or "-h" in argv:
+        print(_help_text(cls, types_of, usage))
+        sys.exit(0)
+    words, flags, problems = _split_argv(argv, types_of)
+    values: dict = {}
+    for name, value in (base or {}).items():
+        if name in types_of:
+            _assign(values, types_of, name, value, "checkpoint: ", problems)
+    if positional:
+        flags = [(positional, word) for word in words] + flags
+        if len(words) > 1:
+            problems.append(f"one {positional} at a time, not {len(words)}: {' '.join(words)}")
+        words = []
+    for path in words:
+        for name, value in _read_config_file(path).items():
+            _assign(values, types_of, name, value, f"{path}: ", problems)
+    for name, text in flags:
+        _assign(values, types_of, name, text, "--", problems, is_text=True)
+    for field in dataclasses.fields(cls):
+        problems += _bounds_problem(field, values.get(field.name))
+    if problems:
+        raise InputError("; ".join(problems))
+    return cls(**values)
+
+
+def config_files(cls, argv: list[str]) -> list[str]:
+    """Those of a command line, without its flags."""
+    return _split_argv(argv, typing.get_type_hints(cls))[0]
+
+
+def _split_argv(argv, types_of):
+    """-> (words, [(name, text)], problems); `--key=value` and `--key value` are the same.
+
+    A boolean option without a value, before another flag or a config file or last, is true.
+    """
+    words, flags, problems = [], [], []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        name, equals, text = word[2:].partition("=")
+        has_no_value = not rest or rest[0].startswith("--") or rest[0].endswith(".py")
+        if not equals and has_no_value and bool in _alternatives(types_of.get(name)):
+            text = "true"
+        elif not equals:
+            if not rest or rest[0].startswith("--"):
+                problems.append(
+                    f"--{name} needs a value: --{name}=VALUE (--help lists all options)"
+                )
+                continue
+            text = rest.pop(0)
+        flags.append((name, text))
+    return words, flags, problems
+
+
+def _read_config_file(path: str) -> dict:
+    """The public scalar assignments of a Python file, run in a namespace of its own."""
+    if path.startswith("-"):
+        raise InputError(f"{path}: options start with two dashes")
+    if Path(path).is_dir():
+        raise InputError(f"{path} is a folder, not a config file; options are --NAME=VALUE")
+    try:
+        names = runpy.run_path(path)
+    except OSError as error:
+        raise InputError(f"config file {path}: {error.strerror}") from None
+    except SyntaxError as error:
+        raise InputError(f"config file {path}, line {error.lineno}: {error.msg}") from None
+    except (Exception, SystemExit) as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        where = f", line {lines[-1]}" if lines else ""
+        raise InputError(f"config file {path}{where}: {type(error).__name__}: {error}") from None
+    tools = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+    return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, tools)}
+
+
+def _assign(values, types_of, name, value, source, problems, is_text=False):
+    if name not in types_of:
+        close = difflib.get_close_matches(name, types_of, n=1)
+        hint = f", did you mean {close[0]}?" if close else " (--help lists all options)"
+        problems.append(f"{source}{name}: no such option{hint}")
+        return
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        problems.append(f"{source}{name}: {value[:100]!r} is not valid UTF-8 without NUL")
+        return
+    for kind in _alternatives(types_of[name]):
+        parsed = _from_text(kind, value) if is_text else _from_python(kind, value)
+        if parsed is not _UNREADABLE:
+            values[name] = parsed
+            return
+    problems.append(f"{source}{name}: expected {_type_name(types_of[name])}, got {_shown(value)}")
+
+
+def _alternatives(annotation) -> list:
+    """The simple types and single literal values that a field accepts."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return [kind for part in typing.get_args(annotation) for kind in _alternatives(part)]
+    if typing.get_origin(annotation) is typing.Literal:
+        return [typing.Literal[choice] for choice in typing.get_args(annotation)]
+    return [annotation]
+
+
+def _from_text(kind, text: str):
+    if typing.get_origin(kind) is typing.Literal:
+        return _from_python(kind, text)
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), _UNREADABLE)
+    try:
+        return _from_python(kind, kind(text))
+    except ValueError:
+        return _UNREADABLE
+
+
+def _shown(value) -> str:
+    try:
+        return repr(value)[:100]
+    except ValueError:  # a number of thousands of digits
+        return "a number that is too long"
+
+
+def _from_python(kind, value):
+    if typing.get_origin(kind) is typing.Literal:
+        return value if value in typing.get_args(kind) else _UNREADABLE
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        return _UNREADABLE
+    if kind is int and abs(value) >= 2**63:
+        return _UNREADABLE
+    return value
+
+
+def _bounds_problem(field, value) -> list[str]:
+    low, high = field.metadata["min"], field.metadata["max"]
+    if not isinstance(value, (int, float)):
+        return []
+    if low is not None and value < low:
+        return [f"{field.name}={value}: must be at least {low}"]
+    if high is not None and value > high:
+        return [f"{field.name}={value}: must be at most {high}"]
+    return []
+
+
+def _type_name(annotation) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    kinds = _alternatives(annotation)
+    return " or ".join(names.get(k) or repr(typing.get_args(k)[0]) for k in kinds)
+
+
+def _help_text(cls, types_of, usage: str) -> str:
+    lines = [usage.strip(), "", "options (as --NAME=VALUE, or NAME = VALUE in a config file):"]
+    for field in dataclasses.fields(cls):
+        kinds = _alternatives(types_of[field.name])
+        choices = [typing.get_args(k)[0] for k in kinds if typing.get_origin(k) is typing.Literal]
+        note = f" ({' | '.join(choices)})" if len(choices) > 1 else ""
+        name = f"  --{field.name}={field.default!r}"
+        lines.append(f"{name:<42} {field.metadata['help']}{note}")
+    return "\n".join(lines)

@@ -1,0 +1,263 @@
+"""Pictures of what a model makes of a text: where it looks, what surprises it, what it holds alike.
+
+Each is a table of coloured cells, light for little and dark for much: an order that is plain in
+grey and to the colour-blind.
+
+Shapes:  T time, in tokens   V vocab_size   nh n_head
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from torch.nn import functional as F
+
+import sample
+from model import GPT
+from quill.data import tokenizers
+from quill.errors import InputError
+from quill.interop import pretrained
+
+# As much as can be read in one picture.
+MOST_TOKENS = 96
+MOST_MAP_TOKENS, LEAST_MAP_TOKENS = 32, 8
+MAPS_WIDTH = 200  # cells: the more heads share them, the shorter the text
+MOST_MAPS = 48  # across, or down
+N_GUESSES = 4
+N_DISTINCT, N_NEIGHBOURS = 12, 8
+LONGEST_LABEL = 10
+
+TYPE = {"family": "DejaVu Sans Mono", "size": 7}
+CHAR_INCHES, LINE_INCHES = 0.06, 0.11  # what a character takes
+PAGE_INCHES = 6.5  # the longest line of text
+FONT = get_font(findfont(FontProperties(family=TYPE["family"])))
+SYMBOLS = {" ": "·", "\n": "↵"}
+BLUES, GREYS = "YlGnBu", "Greys"
+
+
+@torch.inference_mode()
+def draw(out_dir: Path, text: str | None, which: str) -> dict[str, Figure]:
+    """-> the figures by name: the one called `which`, or "all". Without a text the model writes."""
+    loaded = pretrained.from_folder(out_dir)
+    model, tokenizer = loaded.build().eval(), loaded.tokenizer
+    ids = written_by(model, tokenizer) if text is None else encode(tokenizer, text)
+    kinds = {"attention": draw_attention, "surprise": draw_surprise, "neighbours": draw_neighbours}
+    names = kinds if which == "all" else [which]
+    if model.config.model == "bigram":
+        if which in ("attention", "neighbours"):
+            raise InputError(f"--pictures={which}: a bigram has no attention and no embedding")
+        names = ["surprise"]
+    return {name: kinds[name](model, tokenizer, ids) for name in names}
+
+
+def encode(tokenizer: tokenizers.Tokenizer, text: str) -> torch.Tensor:
+    try:
+        return torch.from_numpy(tokenizers.encode_prompt(tokenizer, text).astype(np.int64))
+    except InputError as error:
+        raise InputError(f"give a --start that the model can read: {error}") from None
+
+
+def written_by(model: GPT, tokenizer: tokenizers.Tokenizer) -> torch.Tensor:
+    """What the model writes after a line end, or what there is like it: such a text always fits."""
+    try:
+        start = encode(tokenizer, "\n")
+    except InputError:
+        start = torch.tensor([tokenizer.end_of_text or 0])
+    n = min(MOST_TOKENS - 1, model.config.block_size)
+    config = sample.SampleConfig(num_samples=1, max_new_tokens=n, temperature=1.0, top_k=0)
+    new = [ids[0] for ids in sample.tokens(model, tokenizer, start.numpy(), config)]
+    return torch.cat((start, torch.tensor(new)))
+
+
+# ---- attention ---------------------------------------------------------------------------------
+
+
+def attention_maps(model: GPT, ids: torch.Tensor) -> torch.Tensor:
+    """ids (T) -> how much each token looks at each: (n_layer, nh, T, T), whose rows sum to 1."""
+    maps = []
+
+    def record(attention, inputs):
+        x, rotary, _ = inputs
+        q, k, _ = attention.queries_keys_values(x, rotary)
+        scores = q[0] @ k[0].mT / math.sqrt(q.size(-1))  # (nh, T, T)
+        is_future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+        maps.append(scores.masked_fill(is_future, -math.inf).softmax(dim=-1))
+
+    hooks = [block.attn.register_forward_pre_hook(record) for block in model.transformer.h]
+    model(ids[None])
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(maps)
+
+
+def draw_attention(model: GPT, tokenizer: tokenizers.Tokenizer, ids: torch.Tensor) -> Figure:
+    """A map for each head (across) of each layer (down): a token's row shows where it looks."""
+    n_layer, n_head = model.config.n_layer, model.config.n_head
+    if max(n_layer, n_head) > MOST_MAPS:
+        raise InputError(f"{n_layer} layers of {n_head} heads are too many maps for one picture")
+    T = min(MOST_MAP_TOKENS, max(LEAST_MAP_TOKENS, MAPS_WIDTH // n_head - 1))
+    T = min(T, model.config.block_size, len(ids))
+    maps = attention_maps(model, ids[:T])
+    maps[..., ~torch.ones(T, T, dtype=torch.bool).tril()] = math.nan  # stays white
+    side = max(T, LEAST_MAP_TOKENS) + 1  # with the gap to the next
+    cells = np.full((n_layer * side, n_head * side), math.nan)
+    axes = new_table(cells, LINE_INCHES, LINE_INCHES)
+    for layer, head in np.ndindex(n_layer, n_head):
+        y, x = layer * side, head * side
+        cells[y : y + T, x : x + T] = maps[layer, head]
+        name = f"layer {layer}\nhead {head}"
+        axes.text(x + side - 1.5, y - 0.5, name, ha="right", va="top", size=TYPE["size"])
+    labels = labels_of(tokenizer, ids[:T].tolist())
+    columns, rows = ([i * side + t for i in range(n) for t in range(T)] for n in (n_head, n_layer))
+    turned = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
+    axes.set_xticks(columns, labels * n_head, **turned if max(map(len, labels)) > 1 else {}, **TYPE)
+    axes.set_yticks(rows, labels * n_layer, va="center", **TYPE)
+    paint(axes, cells, BLUES, "weight", 1.0)
+    set_title(axes, "Attention: where the token of each row looks", T, len(ids))
+    return axes.figure
+
+
+# ---- surprise ----------------------------------------------------------------------------------
+
+
+def guesses(model: GPT, ids: torch.Tensor, vocab_size: int):
+    """ids (T + 1) -> surprise at each but the first, in nats (T), and what was likeliest there.
+
+    The latter are tokens and their probabilities, (T, N_GUESSES) each.
+    """
+    log_probs = F.log_softmax(model(ids[None, :-1])[0][0], dim=-1)  # (T, V)
+    surprise = -log_probs.gather(1, ids[1:, None])[:, 0]
+    likeliest = log_probs[:, :vocab_size].topk(min(N_GUESSES, vocab_size))
+    return surprise, likeliest.indices, likeliest.values.exp()
+
+
+def draw_surprise(model: GPT, tokenizer: tokenizers.Tokenizer, ids: torch.Tensor) -> Figure:
+    """The text in lines, and below each token what the model held likeliest in its place."""
+    n = min(MOST_TOKENS, model.config.block_size + 1, len(ids))
+    if n < 2:
+        raise InputError("nothing foretells a first token: give a --start of two or more")
+    surprise, guessed, probs = guesses(model, ids[:n], tokenizer.vocab_size)
+    tokens = torch.cat((ids[1:n, None], guessed), dim=1)  # (n - 1, 1 + N_GUESSES)
+    labels = np.array([labels_of(tokenizer, column) for column in tokens.tolist()])
+    values = torch.cat((surprise[:, None], probs), dim=1).numpy()
+    width = cell_width(labels)
+    n_columns = min(n, int(PAGE_INCHES / width))
+    labels, values = wrapped(labels, n_columns, ""), wrapped(values, n_columns, math.nan)
+    axes = new_table(values, 1.8 * LINE_INCHES, width)
+    (first,) = labels_of(tokenizer, ids[:1].tolist())
+    axes.text(0, 0, first, ha="center", va="center", weight="bold", **TYPE)
+    is_text = np.arange(len(values))[:, None] % (tokens.size(1) + 1) == 0
+    text, guess = np.where(is_text, values, math.nan), np.where(is_text, math.nan, values)
+    uniform = math.log(model.config.vocab_size)  # the surprise of who knows nothing
+    paint(axes, text, BLUES, "surprise (nats)", uniform, labels, weight="bold")
+    paint(axes, guess, GREYS, "probability", 1.0, labels)
+    name = f"Surprise, {surprise.mean():.3f} nats a token, and below it the likeliest tokens there"
+    set_title(axes, name, n, len(ids))
+    return axes.figure
+
+
+def wrapped(table: np.ndarray, n_columns: int, empty) -> np.ndarray:
+    """Turn the rows (n, m) into columns, in lines of n_columns with an empty row between them.
+
+    The first column is empty: the token there was foretold by nothing.
+    """
+    n, m = table.shape
+    n_lines = math.ceil((n + 1) / n_columns)
+    cells = np.full((n_lines * n_columns, m + 1), empty, dtype=table.dtype)
+    cells[1 : n + 1, :m] = table
+    lines = cells.reshape(n_lines, n_columns, m + 1).swapaxes(1, 2)
+    return lines.reshape(n_lines * (m + 1), n_columns)[:-1]
+
+
+# ---- neighbours --------------------------------------------------------------------------------
+
+
+def neighbours(model: GPT, tokens: list[int], vocab_size: int):
+    """-> cosines and tokens, (n, N_NEIGHBOURS) each: whose embeddings point most the same way."""
+    vectors = F.normalize(model.transformer.wte.weight[:vocab_size])  # (V, C)
+    cosines = vectors[tokens] @ vectors.T  # (n, V)
+    cosines[range(len(tokens)), tokens] = -math.inf  # a token is no neighbour of its own
+    return cosines.topk(min(N_NEIGHBOURS, vocab_size - 1))
+
+
+def draw_neighbours(model: GPT, tokenizer: tokenizers.Tokenizer, ids: torch.Tensor) -> Figure:
+    """A row for each distinct token of the text, its nearest first."""
+    if tokenizer.vocab_size < 2:
+        raise InputError("a vocabulary of one token has no neighbours: draw other --pictures")
+    distinct = [*dict.fromkeys(ids.tolist())]
+    tokens = distinct[:N_DISTINCT]
+    cosines, nearest = neighbours(model, tokens, tokenizer.vocab_size)
+    cosines = cosines.numpy()
+    labels = [labels_of(tokenizer, row) for row in nearest.tolist()]
+    axes = new_table(cosines, 2.8 * LINE_INCHES, max(8 * CHAR_INCHES, cell_width(labels)))
+    for y, x in np.ndindex(cosines.shape):
+        labels[y][x] += f"\n{cosines[y, x]:.2f}"
+    axes.set_yticks(range(len(tokens)), labels_of(tokenizer, tokens), va="center", **TYPE)
+    paint(axes, cosines, BLUES, "cosine of the embeddings", 1.0, labels)
+    set_title(axes, "Neighbours of each distinct token", len(tokens), len(distinct))
+    return axes.figure
+
+
+# ---- tables ------------------------------------------------------------------------------------
+
+
+def labels_of(tokenizer: tokenizers.Tokenizer, tokens: list[int]) -> list[str]:
+    """Spaces as dots, line ends as arrows; escaped is what is no text or not in the font."""
+    labels = []
+    for token in tokens:
+        text = tokenizer.decode_bytes([token]).decode("utf-8", errors="backslashreplace")
+        shown = "".join(map(visible, text))
+        is_short = len(shown) <= LONGEST_LABEL
+        labels.append(shown if is_short else shown[: LONGEST_LABEL - 1] + "…")
+    return labels
+
+
+def visible(char: str) -> str:
+    if char in SYMBOLS:
+        return SYMBOLS[char]
+    is_drawable = char.isprintable() and FONT.get_char_index(ord(char))
+    return char if is_drawable else char.encode("unicode_escape").decode("ascii")
+
+
+def cell_width(labels) -> float:
+    """Inches, for the longest in a table of labels."""
+    longest = max(len(label) for row in labels for label in row)
+    return (max(longest, 2) + 1.5) * CHAR_INCHES
+
+
+def new_table(cells: np.ndarray, height: float, width: float):
+    """Axes whose unit is a cell of so many inches; the figure grows around them when saved."""
+    n_rows, n_columns = cells.shape
+    axes = Figure(figsize=(n_columns * width, n_rows * height)).add_axes((0, 0, 1, 1))
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set(xticks=[], yticks=[])
+    return axes
+
+
+def paint(axes, values, colors: str, name: str, most: float, labels=None, **style) -> None:
+    """Colour the cells that have a value, write into them, and add the bar that explains them."""
+    image = axes.imshow(values, cmap=colors, vmin=0, vmax=most, aspect="auto")
+    figure = axes.figure
+    width, height = figure.get_size_inches()
+    right, bar_height = 0.15 + 0.65 * (len(figure.axes) - 1), 1.5  # inches, beside the table
+    box = (1 + right / width, 1 - bar_height / height, 0.1 / width, bar_height / height)
+    bar = figure.colorbar(image, cax=figure.add_axes(box))
+    bar.set_label(name, size=8)
+    bar.ax.tick_params(labelsize=7)
+    bar.outline.set_visible(False)
+    for y, x in np.argwhere(~np.isnan(values)) if labels is not None else ():
+        red, green, blue, _ = image.to_rgba(values[y, x])
+        is_dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.45
+        color = "white" if is_dark else "black"
+        axes.text(x, y, labels[y][x], ha="center", va="center", color=color, **TYPE, **style)
+
+
+def set_title(axes, name: str, n_shown: int, n: int) -> None:
+    part = f" (the first {n_shown} of {n:,})" if n_shown < n else ""
+    axes.set_title(name + part, loc="left", size=9)

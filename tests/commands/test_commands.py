@@ -1,0 +1,279 @@
+"""The commands from outside: exit codes, files, signals, and runs as a user makes them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import REPO, TINY, command, edit_meta, is_one_error_line
+
+from quill.training import checkpoint
+
+NANOGPT_STYLE = """\
+import time
+
+out_dir = 'out-shakespeare-char'
+eval_interval = 5 # keep frequent
+eval_iters = 20
+log_interval = 10
+always_save_checkpoint = False
+
+wandb_log = False
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'ft-' + str(time.time())
+
+dataset = 'tiny'
+gradient_accumulation_steps = 5 * 8 // 20
+batch_size = 4
+block_size = 16
+
+n_layer = 2
+n_head = 2
+n_embd = 16
+dropout = 0.2
+
+learning_rate = 1e-3
+max_iters = 10
+lr_decay_iters = 10
+min_lr = 1e-4
+beta2 = 0.99
+weight_decay = 1e-1
+warmup_iters = 100
+decay_lr = False
+backend = 'nccl'
+device = 'cpu'
+dtype = 'bfloat16'
+compile = False
+"""
+
+
+@pytest.mark.parametrize(
+    "script", ["prepare", "train", "sample", "bench", "plot", "hf", "arithmetic"]
+)
+def test_help_is_quick_and_complete(folder, script):
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = command(script, "--help")
+        seconds.append(time.perf_counter() - start)
+    assert (done.returncode, done.stderr) == (0, "") and f"python {script}.py" in done.stdout
+    assert min(seconds) < 0.5
+    probe = f"import sys, {script}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe], cwd=REPO).returncode == 0
+
+
+def test_prepare_train_resume_sample(tiny, monkeypatch):
+    """The whole way in real processes, in a folder that is not the checkout."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # which lacks some characters of the text
+    first = command("train", *TINY, "--max_iters=3", "--sample_at_eval=100")
+    assert (first.returncode, first.stderr) == (0, "")
+    resumed = command("train", "--out_dir=out", "--init_from=resume", "--max_iters=6")
+    assert resumed.returncode == 0 and "resuming after step 3 of 6" in resumed.stdout
+    sampled = command("sample", "--out_dir=out", "--num_samples=1", "--max_new_tokens=20")
+    assert sampled.returncode == 0 and len(sampled.stdout) > 20
+    files = [".lock", "best.pt", "ckpt.previous.pt", "ckpt.pt", "metrics.jsonl"]
+    assert sorted(p.name for p in Path("out").iterdir()) == files
+
+
+def test_a_nanogpt_config_runs_unmodified(tiny, call):
+    Path("train_shakespeare_char.py").write_text(NANOGPT_STYLE)
+    assert call("train", "train_shakespeare_char.py")[0] == 0
+    saved = torch.load("out-shakespeare-char/ckpt.pt", weights_only=True)
+    assert saved["config"]["gradient_accumulation_steps"] == 2 and saved["step"] == 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_prints_the_resume_command(tiny, number):
+    line = [sys.executable, REPO / "train.py", *TINY, "--max_iters=100000", "--log_interval=1"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        while "step 5/" not in run.stdout.readline():
+            pass
+        run.send_signal(number)
+        out, err = run.communicate(timeout=60)
+    assert (run.returncode, err) == (128 + number, "")
+    assert "python train.py --out_dir=out --init_from=resume" in out
+    step = torch.load("out/ckpt.pt", weights_only=True)["step"]
+    lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert step >= 5 and max(line["step"] for line in lines) == step
+
+
+def test_a_reader_that_leaves_early(tiny, call):
+    call("train", *TINY)
+    line = f"{sys.executable} {REPO}/sample.py --num_samples=50 --device=cpu | head -c 20"
+    done = subprocess.run(line, shell=True, capture_output=True)
+    assert done.stderr == b"" and len(done.stdout) == 20
+    train = f"{sys.executable} {REPO}/train.py {' '.join(TINY)} --max_iters=5000 --log_interval=1"
+    done = subprocess.run(f"({train}; echo $? >code) | head -n 5", shell=True, capture_output=True)
+    assert done.stderr.startswith(b"error: nobody reads") and Path("code").read_text() == "1\n"
+
+
+# ---- wrong input: exit 2, one line, nothing lost ------------------------------------------------
+
+
+def spoil_ids(name: str):
+    path = Path(f"data/tiny/{name}.bin")
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    sha256_of = json.loads(Path("data/tiny/meta.json").read_text())["sha256_of"]
+    sha256_of[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit_meta("data/tiny", sha256_of=sha256_of)
+
+
+def flip_a_bit(path: str):
+    data = bytearray(Path(path).read_bytes())
+    data[len(data) // 2] ^= 16
+    Path(path).write_bytes(data)
+
+
+def only_checkpoint(data: bytes):
+    Path("out/ckpt.pt").write_bytes(data)
+    Path("out/ckpt.previous.pt").unlink()
+
+
+def edit_checkpoint(change):
+    saved = torch.load("out/ckpt.pt", weights_only=True)
+    change(saved)
+    checkpoint.save(Path("out/ckpt.pt"), saved)
+    Path("out/ckpt.previous.pt").unlink(missing_ok=True)  # or the run goes on from there
+
+
+def short_moment(saved):
+    saved["optimizers"][0]["state"][0]["exp_avg"] = torch.zeros(2)
+
+
+def no_moments(saved):
+    saved["optimizers"][0]["state"] = {}
+
+
+def odd_progress(saved):
+    saved["progress"]["step"] = "6"
+
+
+def write(path: str, content: str | bytes):
+    Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+@pytest.mark.parametrize(
+    ("argv", "damage", "complaint"),
+    [
+        (["--lerning_rate=1"], None, "--lerning_rate: no such option, did you mean learning_rate?"),
+        (["bad.py"], lambda: write("bad.py", "n_layers = 3"), "bad.py: n_layers: no such option"),
+        (["bad.py"], lambda: write("bad.py", "n_layer = '3'"), "n_layer: expected a whole number"),
+        (["bad.py"], lambda: write("bad.py", "n_layer = (3"), "bad.py, line 1"),
+        (["config/none.py"], None, "config/none.py: No such file"),
+        (["data"], None, "data is a folder, not a config file"),
+        (["--n_layer=two"], None, "n_layer: expected a whole number, got 'two'"),
+        (["--n_layer"], None, "--n_layer needs a value"),
+        (["--n_embd=15"], None, "n_embd=15 is not divisible by n_head=2"),
+        (["--position=rotary", "--n_embd=6"], None, "heads of 3"),
+        (["--n_embd=1000000"], None, "parameters, which take"),
+        (["--block_size=1999999"], None, "block_size=1999999 does not fit"),
+        (["--block_size=3000"], None, "val.bin"),
+        (["--dataset=other"], None, "python prepare.py other"),
+        (["--dataset=../tiny"], None, "plain folder name"),
+        ([], lambda: write("data/tiny/train.bin", b"abc"), "train.bin has 3 bytes"),
+        ([], lambda: write("data/tiny/val.bin", b""), "val.bin has 0 bytes"),
+        ([], lambda: Path("data/tiny/val.bin").unlink(), "val.bin: No such file"),
+        ([], lambda: write("data/tiny/meta.json", "{"), "not valid JSON"),
+        ([], lambda: write("data/tiny/meta.json", "{}"), "does not describe a dataset"),
+        ([], lambda: spoil_ids("val"), "val.bin: token id 65535 does not fit"),
+        (
+            [],
+            lambda: edit_meta("data/tiny", vocab_size=3),
+            "vocab_size=3, but its tokenizer has 30",
+        ),
+        ([], lambda: edit_meta("data/tiny", tokenizer={"kind": "morse"}), "no usable tokenizer"),
+        (["--device=cuda:99"], None, "device=cuda:99: there is none here"),
+        (["--device=cpu:7"], None, "device=cpu:7: there is none here"),
+        (["--out_dir="], None, "out_dir=''"),
+        (["--out_dir=../elsewhere"], None, "without '..'"),
+        ([], lambda: flip_a_bit("data/tiny/train.bin"), "train.bin was changed or damaged"),
+        ([], lambda: flip_a_bit("data/tiny/meta.json"), "meta.json"),
+        (["--dropout=1.5"], None, "dropout=1.5"),
+        (["--batch_size=0"], None, "batch_size=0"),
+        (["--init_from=elsewhere"], None, "elsewhere: there is no such file or folder"),
+    ],
+)
+def test_wrong_input_to_train(tiny, call, argv, damage, complaint):
+    call("train", *TINY, "--max_iters=1")
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    if damage:
+        damage()
+    code, _, err = call("train", *TINY, *argv)
+    assert code == 2 and is_one_error_line(err) and complaint in err
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "damage", "complaint"),
+    [
+        (["--out_dir=nowhere"], None, "nowhere/ckpt.pt is missing"),
+        (["--n_layer=3", "--n_embd=32"], None, "n_layer is 2 there and 3 here, n_embd is 16"),
+        (["--optimizer=muon"], None, "optimizer is 'adamw' there and 'muon' here"),
+        (["--max_iters=3"], None, "max_iters=3 lies before step 6"),
+        ([], lambda: only_checkpoint(b"PK\x03\x04 nonsense"), "out/ckpt.pt is damaged"),
+        ([], lambda: only_checkpoint(Path("out/best.pt").read_bytes()), "optimizers"),
+        ([], lambda: only_checkpoint(Path("out/ckpt.pt").read_bytes()[:5000]), "is damaged"),
+        ([], lambda: edit_checkpoint(short_moment), "optimizer state does not fit"),
+        ([], lambda: edit_checkpoint(no_moments), "optimizer state does not fit"),
+        ([], lambda: edit_checkpoint(odd_progress), "progress.step has another type"),
+    ],
+)
+def test_wrong_input_to_resume(tiny, call, argv, damage, complaint):
+    call("train", *TINY)
+    if damage:
+        damage()
+    code, _, err = call("train", "--init_from=resume", *argv)
+    assert code == 2 and is_one_error_line(err) and complaint in err
+
+
+def test_resume_on_another_text_is_refused(tiny, call):
+    call("train", *TINY)
+    write("other.txt", "completely different characters 0123456789 " * 30)
+    call("prepare", "tiny", "--input=other.txt")
+    code, _, err = call("train", "--init_from=resume")
+    assert code == 2 and "vocab_size is" in err and "another tokenizer" in err
+
+
+def test_resume_on_a_changed_text_is_refused(tiny, call, text):
+    call("train", *TINY)
+    write("text.txt", text[::-1])
+    call("prepare", "tiny", "--input=text.txt")
+    code, _, err = call("train", "--init_from=resume")
+    assert code == 2 and "another text" in err
+
+
+def test_an_error_from_a_real_process(folder):
+    done = command("train", "--dataset=none")
+    assert done.returncode == 2 and is_one_error_line(done.stderr) and done.stdout == ""
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(tiny, call):
+    Path("locked").mkdir(mode=0o500)
+    code, _, err = call("train", *TINY, "--out_dir=locked/out")
+    assert code == 1 and is_one_error_line(err) and "locked/out: Permission denied" in err
+
+
+def test_an_out_dir_that_is_a_file(tiny, call):
+    write("taken", "x")
+    code, _, err = call("train", *TINY, "--out_dir=taken")
+    assert code == 2 and is_one_error_line(err) and "taken: there is a file" in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("name", ["ckpt.pt", "best.pt"])
+def test_a_full_disk_ends_the_run_and_keeps_what_was_there(tiny, call, name):
+    call("train", *TINY)
+    before = Path(f"out/{name}").read_bytes()
+    Path(f"out/{name}.tmp").symlink_to("/dev/full")
+    code, _, err = call("train", *TINY, "--seed=5")
+    assert code == 1 and is_one_error_line(err) and "No space left" in err and "out" in err
+    assert Path(f"out/{name}").read_bytes() == before
