@@ -1,7 +1,7 @@
-"""The GPT language model, and the bigram it is compared with.
+"""The GPT language model: tensors in, tensors out. PyTorch is all that it needs.
 
 Start at `GPT.forward` with cache=None, then read upwards: Block, attention, MLP; `generate` and the
-caches last.
+caches come last.
 
 One architecture with a few switches covers GPT-2 (the defaults, with mlp="gelu_tanh") and the
 modern block (rotary positions, RMSNorm, QK-norm, ReLU^2 or SwiGLU, untied head), so that each idea
@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -23,25 +23,29 @@ from torch import nn
 from torch.nn import functional as F
 
 
-@dataclasses.dataclass
+def option(default, help: str, **bounds):
+    """A field of GPTConfig; train.py offers it as a command-line option with this help."""
+    return dataclasses.field(default=default, metadata={"help": help, **bounds})
+
+
+@dataclasses.dataclass(frozen=True)
 class GPTConfig:
     """What determines the weights' shapes and meaning. Raises ValueError when it cannot work."""
 
-    block_size: int = 1024  # the longest context, in tokens
-    vocab_size: int = 50257
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True  # in the linear layers and in LayerNorm
-    position: Literal["learned", "rotary"] = "learned"
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    qk_norm: bool = False
-    mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "gelu"
-    tied_head: bool = True  # one matrix both embeds tokens and scores them
-    residual_init: Literal["scaled", "zero"] = "scaled"
-    init_std: float = 0.02  # of matrices; small models learn faster near 1 / sqrt(n_embd)
-    model: Literal["gpt", "bigram"] = "gpt"  # of the above, a bigram has the vocabulary alone
+    block_size: int = option(1024, "tokens in a window: the longest context", min=1)
+    vocab_size: int = option(50257, "number of token ids", min=1)
+    n_layer: int = option(12, "number of blocks", min=1, max=10**4)
+    n_head: int = option(12, "attention heads in a block", min=1)
+    n_embd: int = option(768, "width of the residual stream", min=1, max=10**6)
+    dropout: float = option(0.0, "fraction of activations dropped in training", min=0, max=0.99)
+    bias: bool = option(True, "biases in linear layers and LayerNorm, as in GPT-2")
+    position: Literal["learned", "rotary"] = option("learned", "position encoding")
+    norm: Literal["layernorm", "rmsnorm"] = option("layernorm", "normalization")
+    qk_norm: bool = option(False, "normalize queries and keys")
+    mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = option("gelu", "activation")
+    tied_head: bool = option(True, "the output matrix is the token embedding")
+    residual_init: Literal["scaled", "zero"] = option("scaled", "init of residual projections")
+    init_std: float = option(0.02, "standard deviation of the initial weights", min=1e-6, max=1)
 
     def __post_init__(self):
         for name, kind in typing.get_type_hints(GPTConfig).items():
@@ -93,30 +97,37 @@ def rotary_table(head_size: int, block_size: int) -> torch.Tensor:
 
 
 def rotate(x, rotary):
-    """Turn channel pairs (i, i + hs/2) of x (B, T, heads, hs) by their position's angles."""
+    """Rotate channel pairs (i, i + hs/2) of x (B, T, heads, hs) by their position's angles."""
     cos, sin = rotary.to(x.dtype)[:, :, None]  # (T, 1, hs) each
-    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin  # the halves change places
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin  # roll swaps the halves
 
 
 def attention_dtype(x) -> torch.dtype:
-    """What queries and keys are compared in: the format of x, but on a CPU float32 at least.
+    """The dtype of queries and keys: that of x, but on a CPU at least float32.
 
-    PyTorch's bfloat16 kernels take 3 times as long there in the backward pass, and 4 times for a
-    single query.
+    On a CPU PyTorch's bfloat16 attention takes 3 times as long in the backward pass, and 4 times
+    for a single query.
     """
     return torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
 
 
 def attend(q, k, v, **options):
-    """Scaled dot-product attention of (B, nh, T, hs) each; q and k come in `attention_dtype`."""
+    """Scaled dot-product attention of (B, nh, T, hs) each; q and k have `attention_dtype`."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, **options)
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q, k, v.to(q.dtype), **options)
 
 
+def attention_weights(q, k):
+    """The causal softmax weights that `attend` gives each value: (B, nh, T, T). For pictures."""
+    T = q.size(2)
+    identity = torch.eye(T, dtype=q.dtype, device=q.device).expand(*q.shape[:2], T, T)
+    return attend(q, k, identity, is_causal=True)  # weights @ identity
+
+
 class CausalSelfAttention(nn.Module):
-    """All heads at once, as a batch dimension, each looking at the past. Vaswani et al. 2017."""
+    """All heads at once, as a batch dimension; each token attends to the past. Vaswani 2017."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -126,12 +137,11 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def queries_keys_values(self, x, rotary):
-        """x (B, T, C) -> q and k, normalised and rotated, and v: (B, nh, T, hs) each."""
+        """x (B, T, C) -> q and k, normalized and rotated, and v: (B, nh, T, hs) each."""
         B, T, _ = x.shape
         nh, hs = self.config.n_head, self.config.head_size
-        qk, v = (
-            self.c_attn(x).view(B, T, 3 * nh, hs).split((2 * nh, nh), dim=2)
-        )  # heads of q and k, of v
+        # q and k stay one tensor of 2 nh heads up to the end: half as many small operations.
+        qk, v = self.c_attn(x).view(B, T, 3 * nh, hs).split((2 * nh, nh), dim=2)
         qk = qk.to(attention_dtype(qk))
         if self.config.qk_norm:  # Henry et al. 2020
             qk = F.rms_norm(qk, (hs,))
@@ -140,11 +150,10 @@ class CausalSelfAttention(nn.Module):
         q, k = qk.chunk(2, dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x, rotary, cache: KVCache | None):
+    def forward(self, x, rotary=None, cache: KVCache | None = None):
         B, T, C = x.shape
         q, k, v = self.queries_keys_values(x, rotary)
-        layer_dtype = v.dtype
-        mask = None
+        dtype, mask = v.dtype, None
         if cache is not None:
             mask = cache.mask(T)
             k, v = cache.append(self.layer, k, v)
@@ -156,12 +165,12 @@ class CausalSelfAttention(nn.Module):
             is_causal=mask is None and T > 1,
             dropout_p=self.config.dropout if self.training else 0.0,
         )  # (B, nh, T, hs)
-        y = y.transpose(1, 2).reshape(B, T, C).to(layer_dtype)
+        y = y.transpose(1, 2).reshape(B, T, C).to(dtype)
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
-    """Widen, bend, narrow: each position on its own.
+    """Two linear layers with a nonlinearity between them, applied to each position on its own.
 
     SwiGLU (Shazeer 2020) has three matrices, so its hidden width is two thirds of the others'.
     """
@@ -195,7 +204,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Communication, then computation, each added to the residual stream."""
+    """Attention, then the MLP, each added to the residual stream."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -215,36 +224,6 @@ def cross_entropy(logits, targets, reduction: str):
         return None
     scores, targets = logits.flatten(0, 1).float(), targets.flatten()
     return F.cross_entropy(scores, targets, ignore_index=-1, reduction=reduction)
-
-
-class Bigram(nn.Module):
-    """The baseline: a token's row of a table scores the token after it, whatever came before.
-
-    Its methods are those of `GPT`.
-    """
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.config = config
-        self.table = nn.Embedding(config.vocab_size, config.vocab_size)
-        nn.init.zeros_(self.table.weight)  # the first loss is ln(V)
-
-    def forward(self, idx, targets=None, *, reduction="mean", cache=None, last_only=False):
-        logits = self.table(idx[:, -1:] if last_only else idx)  # (B, T, V)
-        return logits, cross_entropy(logits, targets, reduction)
-
-    def new_cache(self, batch_size: int, fixed: bool) -> None:
-        """There is nothing to remember."""
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"fused_qkv": [], "hidden": [], "embedding": [self.table.weight], "vector": []}
-
-    def n_parameters(self) -> int:
-        return self.table.weight.numel()
-
-    def flops_per_token(self) -> float:
-        """It looks up, and multiplies nothing."""
-        return 0.0
 
 
 class GPT(nn.Module):
@@ -271,12 +250,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self):
-        """GPT-2's but for the head: normal, with residual projections damped by depth, or zero.
+        """GPT-2's init: normal, with residual projections scaled down by depth, or zero.
 
-        The first logits are near zero, so that the first loss is ln(V) to 1 %: an untied head
-        starts at zero, a tied one behind a small final gain, smaller still with
-        residual_init="zero": the blocks then add nothing, and the token just read would score
-        itself highest.
+        Only the head differs: the first logits are near zero, so that the first loss is ln(V) to
+        1 %. An untied head starts at zero, a tied one after a small final gain; smaller still with
+        residual_init="zero", where the blocks add nothing at first and a tied head would give the
+        token just read the highest score.
         """
         config = self.config
         is_zero = config.residual_init == "zero"
@@ -322,9 +301,8 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))
         return logits, cross_entropy(logits, targets, reduction)
 
-    def new_cache(self, batch_size: int, fixed: bool) -> KVCache:
-        """fixed: for a compiled or recorded `read_one`."""
-        return (FixedKVCache if fixed else KVCache)(self, batch_size)
+    def new_cache(self, batch_size: int) -> KVCache:
+        return KVCache(self, batch_size)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Every trained tensor, once, by how the optimizers treat it.
@@ -362,7 +340,7 @@ class GPT(nn.Module):
 
 
 class KVCache:
-    """Keys and values of the tokens a model has read, preallocated; it belongs to the caller.
+    """Keys and values of the tokens a model has read, preallocated by the caller of the model.
 
     k, v: (n_layer, B, nh, block_size, hs), of which the first `n_tokens` positions are filled.
     """
@@ -387,8 +365,8 @@ class KVCache:
         return self.k[layer, :, :, : new.stop], self.v[layer, :, :, : new.stop]
 
     def mask(self, T: int):
-        """Which keys each of T new tokens sees; None where `is_causal` or a lone query says it."""
-        if T == 1 or self.n_tokens == 0:  # a lone new token sees everything before it
+        """Which keys each of T new tokens may attend to, (T, n); None where no mask is needed."""
+        if T == 1 or self.n_tokens == 0:  # a single token attends to all; a first read is_causal
             return None
         past = self.n_tokens
         return torch.ones(T, past + T, dtype=torch.bool, device=self.k.device).tril(past)
@@ -400,53 +378,7 @@ class KVCache:
         self.n_tokens = 0
 
 
-class FixedKVCache(KVCache):
-    """A cache whose shapes and Python values never change: one compiled step serves every token.
-
-    The tensor `end` replaces n_tokens; a token looks at all block_size slots, later ones masked.
-    """
-
-    def __init__(self, model: GPT, batch_size: int):
-        super().__init__(model, batch_size)
-        self.slots = torch.arange(self.k.size(3), device=self.k.device)
-        self.end = torch.zeros((), dtype=torch.int64, device=self.k.device)
-        for tensor in (self.k, self.v, self.slots, self.end):
-            torch._dynamo.mark_static_address(tensor)  # what CUDA graphs ask for
-
-    def positions(self, T: int):
-        return self.end + self.slots[:T]
-
-    def append(self, layer: int, k, v):
-        new = self.positions(k.size(2))
-        self.k[layer].index_copy_(2, new, k.to(self.k.dtype))
-        self.v[layer].index_copy_(2, new, v.to(self.v.dtype))
-        return self.k[layer], self.v[layer]
-
-    def mask(self, T: int):
-        return self.slots <= self.positions(T)[:, None]  # (T, block_size)
-
-    def advance(self, T: int) -> None:
-        self.end += T
-
-    def clear(self) -> None:
-        self.end.zero_()
-
-
-def build(config: GPTConfig) -> GPT | Bigram:
-    return (Bigram if config.model == "bigram" else GPT)(config)
-
-
-def count_parameters(config: GPTConfig) -> int:
-    """All trained numbers of such a model, without its memory: every layer adds as many."""
-    with torch.device("meta"):
-        one, two = (
-            sum(p.numel() for p in build(dataclasses.replace(config, n_layer=n)).parameters())
-            for n in (1, 2)
-        )
-    return one + (config.n_layer - 1) * (two - one)
-
-
-def probabilities(logits, temperature: float, top_k: int, top_p: float):
+def logits_to_probs(logits, temperature: float, top_k: int, top_p: float):
     """(B, V) logits -> (B, V) probabilities that sum to 1.
 
     temperature 0 is greedy; top_k 0 and top_p 1 keep everything. top_p (Holtzman et al. 2019)
@@ -469,8 +401,8 @@ def probabilities(logits, temperature: float, top_k: int, top_p: float):
     return probs
 
 
-def pick(probs, uniform):
-    """Draw one token a row by inverting the cumulative distribution at `uniform` (B,) in [0, 1)."""
+def sample(probs, uniform):
+    """Draw one token a row, (B, 1): where the cumulative of probs (B, V) passes uniform (B,)."""
     cumulative = probs.cumsum(dim=-1)
     total = cumulative[:, -1:]
     # Below the total even after rounding, so a token of probability 0 is never reached.
@@ -480,42 +412,40 @@ def pick(probs, uniform):
 
 @torch.inference_mode()
 def generate(
-    model: GPT | Bigram,
+    model: GPT,
     idx,
-    noise: Iterable[torch.Tensor],
+    max_new_tokens: int,
     *,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    vocab_size: int | None = None,
-    use_cache: bool = True,
-    read_one: Callable | None = None,
+    uniform: Callable[[], torch.Tensor] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Continue idx (B, T), T >= 1; yields one (B,) tensor of new tokens a step.
 
-    noise: for each token to generate, (B,) uniform numbers in [0, 1); a row's tokens depend on its
-    own numbers alone.
-    vocab_size: ids from here on are padding and never drawn.
-    use_cache: False computes every step from scratch: slow, and the same text.
-    read_one: the model compiled for reading one token, with a cache that suits it.
+    uniform: called at each step for the (B,) numbers in [0, 1) that choose its tokens, so that a
+    row's tokens can be made to depend on its own numbers alone; torch.rand if None.
 
-    A context that has outgrown block_size is cut to its most recent half window and read anew, so
-    the cost of a token stays bounded.
+    A context that has outgrown block_size is cut to its most recent half and read anew, so the cost
+    of a token stays bounded.
     """
     block_size = model.config.block_size
-    unread = context = idx[:, -block_size:].clone()  # an inference tensor, as all that follow
-    cache = None
-    if use_cache:
-        cache = model.new_cache(idx.size(0), fixed=read_one is not None)
-    for uniform in noise:
+    # What the model has not read yet: all of the context at first (prefill), then the newest token.
+    unread = context = idx[:, -block_size:].clone()
+    cache = model.new_cache(idx.size(0))
+    for _ in range(max_new_tokens):
         if context.size(1) > block_size:
             unread = context = context[:, -max(1, block_size // 2) :]
             if cache is not None:
                 cache.clear()
-        read = model if read_one is None or unread.size(1) > 1 else read_one
-        logits, _ = read(unread, cache=cache, last_only=True)
-        probs = probabilities(logits[:, -1, :vocab_size], temperature, top_k, top_p)
-        new = pick(probs, uniform)
+        logits, _ = model(unread, cache=cache, last_only=True)  # (B, 1, V)
+        probs = logits_to_probs(logits[:, -1], temperature, top_k, top_p)  # (B, V)
+        numbers = torch.rand(idx.size(0), device=idx.device) if uniform is None else uniform()
+        new = sample(probs, numbers)
         context = torch.cat((context, new), dim=1)
-        unread = context if cache is None else new
+        unread = new if cache is not None else context
         yield new[:, 0]
+
+
+if __name__ == "__main__":
+    raise SystemExit("model.py is a library: run train.py to train it, sample.py to generate text")

@@ -1,42 +1,75 @@
-"""Train a GPT: the command and its options. The training itself is trainer.py's.
+"""Train a GPT.
 
 Usage:
     python train.py config/shakespeare_char.py [--key=value ...]
     python train.py --out_dir=out --init_from=resume
     python train.py config/finetune_shakespeare.py --init_from=gpt2
+    torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
+import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+import numpy as np
+import torch
+
+from model import GPT, GPTConfig
 from quill import settings
-from quill.errors import InputError, run_command
-from quill.files import dataset_folder, file_lock, run_folder
+from quill.data import dataset, tokenizers
+from quill.data.problems import reverses_answers
+from quill.errors import EXIT_DONE, RunError, run_command, stop_signals
+from quill.files import file_lock, run_folder
+from quill.interop.start import find_start
+from quill.sampling.decoder import Decoder
+from quill.sampling.text import SampleOptions, stream_text
 from quill.settings import DType, option
+from quill.training import checkpoint, devices, distributed, state_dict
+from quill.training.checkpoint import Progress
+from quill.training.checks import check_memory, check_processes, check_resume, check_start
+from quill.training.data import Data, open_dataset
+from quill.training.ema import EMA
+from quill.training.log import (
+    Logger,
+    NullLogger,
+    StepTimer,
+    done_message,
+    evaluation_text,
+    run_summary,
+    stopped_message,
+)
+from quill.training.loss_scale import LossScaler
+from quill.training.metrics import count_answers
+from quill.training.models import Bigram, build, config_from_options, config_to_dict
+from quill.training.nonfinite import NonFiniteGuard
+from quill.training.optimizers import OptimizerOptions, get_lr, make_optimizers, set_lr
 
-if TYPE_CHECKING:
-    from quill.interop.pretrained import Pretrained
-    from quill.training.trainer import Trainer
+# ---- options -----------------------------------------------------------------------------------
+
+ModelOptions = settings.options_of(GPTConfig, leave_out=("vocab_size",), bias=False)
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Every option of a run, under nanoGPT's name where it has the option."""
+class TrainConfig(OptimizerOptions, ModelOptions):
+    """Every option of a run, with nanoGPT's name where it has the option.
+
+    Those of the model are the fields of model.GPTConfig; those of the optimizer, the learning rate
+    and the number of steps are in quill/training/optimizers.py.
+    """
 
     # files and reporting
     out_dir: str = option("out", "folder for checkpoints and metrics")
     dataset: str = option("openwebtext", "folder below data/ with train.bin, val.bin, meta.json")
     init_from: str = option(
         "scratch",
-        "scratch; resume: go on from ckpt.pt; auto: go on if it is there, else as a config file "
-        "says; or weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path to those of a run, "
-        "of nanoGPT, of Hugging Face",
+        "scratch; resume: continue from ckpt.pt; auto: continue if it exists, else as a config "
+        "file says; or weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path to those of a "
+        "run, of nanoGPT, of Hugging Face",
     )
     eval_interval: int = option(2000, "steps between evaluations", min=1)
     eval_iters: int = option(
@@ -55,64 +88,23 @@ class TrainConfig:
     tensorboard_log: bool = option(False, "log to out_dir/tensorboard (needs the 'track' extra)")
     # data
     batch_size: int = option(12, "windows in a micro-step", min=1, max=10**6)
-    block_size: int = option(1024, "tokens in a window: the longest context", min=1)
     gradient_accumulation_steps: int = option(
         40, "micro-steps summed into one step", min=1, max=10**6
     )
     # model
     model: Literal["gpt", "bigram"] = option("gpt", "bigram: the baseline, only the last token")
-    n_layer: int = option(12, "blocks", min=1, max=10**4)
-    n_head: int = option(12, "attention heads in a block", min=1)
-    n_embd: int = option(768, "width of the residual stream", min=1, max=10**6)
-    dropout: float = option(0.0, "share of activations dropped in training", min=0, max=0.99)
-    bias: bool = option(False, "biases in linear layers and LayerNorm, as in GPT-2")
-    position: Literal["learned", "rotary"] = option("learned", "how order is told")
-    norm: Literal["layernorm", "rmsnorm"] = option("layernorm", "normalisation")
-    qk_norm: bool = option(False, "normalise queries and keys")
-    mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = option("gelu", "activation")
-    tied_head: bool = option(True, "the output matrix is the token embedding")
-    residual_init: Literal["scaled", "zero"] = option("scaled", "start of residual projections")
-    init_std: float = option(0.02, "deviation of the first weights", min=1e-6, max=1)
     vocab_multiple: int = option(1, "round the model's vocabulary up to it", min=1, max=10**6)
-    # optimizer
-    optimizer: Literal["adamw", "muon"] = option("adamw", "muon: for the blocks' matrices alone")
-    learning_rate: float = option(6e-4, "highest rate of AdamW", min=0)
-    muon_learning_rate: float = option(0.02, "highest rate of Muon", min=0)
-    muon_momentum: float = option(0.95, "Muon's memory of gradients", min=0, max=0.9999)
-    max_iters: int = option(600000, "optimizer updates to make", min=0)
-    weight_decay: float = option(0.1, "decay of matrices, times the rate", min=0)
-    beta1: float = option(0.9, "AdamW's memory of gradients", min=0, max=0.9999)
-    beta2: float = option(0.95, "AdamW's memory of their squares", min=0, max=0.9999)
-    grad_clip: float = option(1.0, "longest gradient (L2 norm); 0 does not clip", min=0)
-    skip_nonfinite: int = option(
-        0, "updates that may be skipped for a loss or gradient not finite", min=0, max=10**4
-    )
-    average_decay: float = option(
-        0.0,
-        "evaluate and keep in best.pt a running average of the weights; 0: the latest",
-        min=0,
-        max=0.99999,
-    )
-    # learning rate
-    decay_lr: bool = option(True, "false keeps the rate constant")
-    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = option(
-        "cosine", "shape after warm-up; wsd: flat, then a linear fall"
-    )
-    warmup_iters: int = option(2000, "steps of linear warm-up", min=0)
-    lr_decay_iters: int = option(0, "step where min_lr is reached; 0: max_iters", min=0)
-    min_lr: float = option(6e-5, "lowest rate after decay", min=0)
-    wsd_decay_share: float = option(0.2, "share of the steps in wsd's final fall", min=0, max=1)
     # machine
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: DType = option("auto", "format of matrix products")
+    dtype: DType = option("auto", "dtype of matrix products")
     compile: bool | Literal["auto"] = option("auto", "torch.compile; auto: on CUDA")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = option(
         "default", "of torch.compile; reduce-overhead records CUDA graphs"
     )
     parallel: Literal["ddp", "fsdp"] = option(
-        "ddp", "many processes: each has all of the model, or its part of each tensor"
+        "ddp", "several processes: each has all of the model, or a shard of each tensor"
     )
-    backend: Literal["nccl", "gloo"] = option("nccl", "many processes: of GPUs; CPUs use gloo")
+    backend: Literal["nccl", "gloo"] = option("nccl", "several processes on GPUs; CPUs use gloo")
     deterministic: bool = option(False, "only repeatable GPU kernels: slower, resumes bit for bit")
     seed: int = option(1337, "of weights, data order and dropout", min=0, max=2**32 - 1)
 
@@ -121,86 +113,358 @@ class TrainConfig:
         return self.gradient_accumulation_steps * self.batch_size * self.block_size
 
 
-def main(argv: list[str]) -> int:
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return run(argv)
-    from quill.training import distributed
-
-    with distributed.together():
-        return run(argv)
+# ---- data and model ----------------------------------------------------------------------------
 
 
-def run(argv: list[str]) -> int:
-    config = settings.load(TrainConfig, argv, usage=__doc__)
-    folder = run_folder(config.out_dir)
-    # Here, not at the top: torch takes a second, --help and typos should not.
-    from quill.training import devices, distributed
+@dataclasses.dataclass
+class Run:
+    """What a training step reads and changes."""
 
-    sys.stdout.reconfigure(errors="replace")  # a sample may have characters that it lacks
-    with contextlib.ExitStack() as stack:
-        if distributed.is_main() and not config.eval_only:
-            stack.enter_context(file_lock(folder))
-        with devices.out_of_memory_advice("lower n_embd or n_layer"):
-            trainer = make_trainer(argv, config, folder)
-        advice = (
-            f"halve batch_size={trainer.config.batch_size} and double "
-            "gradient_accumulation_steps, which trains the same, or lower block_size, n_embd or "
-            "n_layer"
-        )
-        with devices.out_of_memory_advice(advice):
-            return trainer.run()
+    config: TrainConfig
+    device: torch.device
+    dtype: torch.dtype  # of matrix products
+    compiles: bool
+    data: Data
+    model: GPT | Bigram  # the weights
+    forward: torch.nn.Module  # the same model, compiled and on several processes
+    optimizers: list[torch.optim.Optimizer]
+    scaler: LossScaler  # does nothing unless dtype is float16
+    ema: EMA  # the running average of the weights
+    guard: NonFiniteGuard
+    timer: StepTimer
+    set_to_none: bool  # how gradients are zeroed
+    progress: Progress
+    has_checkpoint: bool = False  # in out_dir, so that ckpt.previous.pt is of the same run
+    next_batch: list | None = None  # prefetched
+    log: Logger | NullLogger = dataclasses.field(default_factory=NullLogger)
 
 
-def make_trainer(argv: list[str], config: TrainConfig, folder: Path) -> Trainer:
-    """A new run, or one that goes on; on several processes, with the first one's options."""
-    from quill.training import devices, distributed
-    from quill.training.trainer import Trainer
-
-    saved = start = base = None
-    if distributed.is_main():
-        saved = load_saved(folder, config)
-        start = None if saved is not None else load_start(argv, config, folder)
-    # What the command line does not say is as the run had it, or as the weights need it.
+def setup(config: TrainConfig, saved: dict | None = None, start=None) -> Run:
+    """A new run; one that resumes a saved checkpoint; or one from given weights (a Pretrained)."""
+    device = devices.pick_device(config.device)
+    dtype = devices.pick_dtype(config.dtype, device)
+    compiles = devices.pick_compile(config.compile, device)
+    devices.set_up_device(device, config.deterministic)
+    check_processes(config, device, dtype, compiles)
+    data = open_dataset(config.dataset, config.block_size, device)
+    model_config = config_from_options(config, data.meta.vocab_size)
     if saved is not None:
-        base = saved["config"] | {"out_dir": config.out_dir}  # the folder may have been moved
-    elif start is not None:
-        base = start.options()
-    if base is not None:
-        config = settings.load(TrainConfig, argv, usage=__doc__, base=base)
-    config = TrainConfig(**distributed.tell(dataclasses.asdict(config)))
-    distributed.connect(devices.pick_device(config.device), config.backend)
-    return Trainer(config, distributed.share(saved), start)
+        check_resume(config, data, model_config, saved)
+    if start is not None:
+        check_start(config, data, start)
+    check_memory(model_config, device)
+    torch.manual_seed(config.seed)
+    model = build(model_config)
+    forward = distributed.wrap(
+        model, device, config.parallel, config.compile_mode if compiles else None
+    )
+    if start is not None:
+        state_dict.load_model_state_dict(model, start.fitted(model_config))
+    peak_flops = devices.peak_flops(device, dtype)
+    # A CUDA graph writes its gradients to the same memory at each replay, so they are added to
+    # zeroed tensors of our own instead of becoming the gradients.
+    has_graphs = compiles and config.compile_mode == "reduce-overhead"
+    run = Run(
+        *(config, device, dtype, compiles, data, model, forward),
+        optimizers=make_optimizers(model, config, dtype),
+        scaler=LossScaler(device.type, enabled=dtype == torch.float16),
+        ema=EMA(model, config.average_decay),
+        guard=NonFiniteGuard(config, device),
+        timer=StepTimer(config.tokens_per_step, model.flops_per_token(), peak_flops),
+        set_to_none=not has_graphs,
+        progress=Progress(),
+    )
+    if saved is not None:
+        objects = (model, run.optimizers, run.ema, run.scaler, run.guard)
+        run.progress = state_dict.load_training_state(saved, *objects)
+        run.has_checkpoint = True
+    if has_graphs:
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+    if distributed.world_size() > 1 and config.parallel == "ddp":
+        distributed.settle_ddp(forward, lambda: loss_sum(run, get_batch(run, 0)[0]))
+    return run
 
 
-def load_saved(folder: Path, config: TrainConfig) -> dict | None:
-    """The checkpoint to continue from, None for a new run."""
-    from quill.training import checkpoint
-
-    goes_on = config.init_from == "auto" and checkpoint.can_resume(folder)
-    if config.init_from == "resume" or goes_on:
-        return checkpoint.load_latest(folder, may_move=not config.eval_only)
-    return None
+# ---- evaluation --------------------------------------------------------------------------------
 
 
-def load_start(argv: list[str], config: TrainConfig, folder: Path) -> Pretrained | None:
-    """The weights that a new run starts from, None for new ones."""
-    source = config.init_from
-    if source == "auto":  # there is nothing to continue: as the config files say
-        files = settings.config_files(TrainConfig, argv)
-        source = settings.load(TrainConfig, files, usage=__doc__).init_from
-    if source in ("scratch", "auto"):
-        return None
-    if folder.resolve() in (Path(source).resolve(), Path(source).resolve().parent):
-        raise InputError(
-            f"out_dir={config.out_dir}: the run would write over {source}, which it starts from; "
-            "choose another folder, or --init_from=resume to go on with that run"
-        )
-    from quill.data import dataset
-    from quill.interop import pretrained
+def estimate_loss(run: Run) -> dict:
+    """Nats per token on both splits; the same weights always give the same numbers.
 
-    if source in pretrained.RELEASES:
-        dataset.read(dataset_folder(config.dataset))  # before gigabytes are fetched for nothing
-    return pretrained.load(source)
+    Every metric in this dict is printed, written to the metrics and sent to the dashboards.
+    """
+    train, val = run.data.train, run.data.val
+    train_loss, _ = evaluate_split(run, train, whole=False)
+    val_loss, val_exact = evaluate_split(
+        run, val, whole=len(val) <= dataset.MAX_TOKENS_EVALUATED_WHOLE
+    )
+    metrics = {"train_loss": train_loss, "val_loss": val_loss}
+    if val.examples is not None:
+        metrics["val_exact"] = val_exact
+    return metrics
+
+
+@torch.no_grad()
+def evaluate_split(run: Run, split: dataset.Split, whole: bool) -> tuple[float, float]:
+    """-> nats per token, and the fraction of answers that greedy decoding would get right.
+
+    Over the whole split, or over eval_iters windows spread evenly.
+    """
+    batch_size, rank, n = run.config.batch_size, distributed.rank(), distributed.world_size()
+    offsets = split.eval_offsets(run.config.eval_iters, whole)
+    # Each process takes every n-th batch; windows past the end, whose targets are all ignored,
+    # fill up the last ones.
+    padding = np.full(-len(offsets) % (n * batch_size), len(split))
+    batches = np.append(offsets, padding).reshape(-1, batch_size)
+    sums = torch.zeros(len(batches), device=run.device)
+    # Of targets, of answers, of right answers.
+    counts = torch.zeros(3, len(batches), dtype=torch.int64, device=run.device)
+    run.model.eval()
+    for i in range(rank, len(batches), n):
+        idx, targets = split.get_batch(batches[i])
+        with devices.autocast(run.device, run.dtype):
+            logits, sums[i] = run.forward(idx, targets, reduction="sum")
+        counts[0, i] = (targets != dataset.IGNORE_INDEX).sum()
+        if split.examples is not None:
+            counts[1:, i] = count_answers(logits[..., : split.vocab_size], targets)
+    run.model.train()
+    # Summed in one order, however many processes there are.
+    sums, counts = distributed.all_reduce(sums).cpu(), distributed.all_reduce(counts).cpu()
+    n_targets, n_answers, n_right = counts.sum(dim=1).tolist()
+    return float(sums.double().sum()) / n_targets, n_right / max(1, n_answers)
+
+
+def sample_text(run: Run) -> str:
+    """A text that continues the beginning of the val split, drawn with (seed, step)."""
+    data, config = run.data, run.config
+    options = SampleOptions(max_new_tokens=config.sample_at_eval, seed=config.seed)
+    decoder = Decoder(run.model.eval(), data.tokenizer.vocab_size)
+    prompt = tokenizers.decode(data.tokenizer, data.val.prompt.tolist())
+    pieces = stream_text(
+        decoder, data.tokenizer, prompt, options, run.progress.step,
+        reverses_answers(data.meta.tokenizer),
+    )  # fmt: skip
+    text = "".join(pieces)
+    run.model.train()
+    return text
+
+
+# ---- a training step ---------------------------------------------------------------------------
+
+
+def get_batch(run: Run, step: int) -> list:
+    """The (idx, targets) windows of the step, in micro-steps; several processes share them out.
+
+    Which windows these are depends on (seed, step) alone.
+    """
+    shape = (run.config.gradient_accumulation_steps, run.config.batch_size)
+    offsets = run.data.train.train_offsets(math.prod(shape), run.config.seed, step).reshape(shape)
+    return [run.data.train.get_batch(rows) for rows in distributed.shard_batch(offsets)]
+
+
+def loss_sum(run: Run, batch: tuple):
+    """The summed loss of one micro-step's (idx, targets), in nats."""
+    idx, targets = batch
+    with devices.autocast(run.device, run.dtype):
+        _, loss = run.forward(idx, targets, reduction="sum")
+    return loss
+
+
+def compute_gradients(run: Run, micro_batches: list):
+    """Forward and backward; -> (loss, norm of the gradient before it is clipped)."""
+    devices.seed_step(run.config.seed, run.progress.step, distributed.rank())  # for dropout
+    n_targets = sum((targets != dataset.IGNORE_INDEX).sum() for _, targets in micro_batches)
+    n_targets = distributed.all_reduce(n_targets).clamp(min=1)
+    loss = torch.zeros((), device=run.device)
+    for micro_step, batch in enumerate(micro_batches, start=1):
+        distributed.sync_gradients(run.forward, is_last=micro_step == len(micro_batches))
+        micro_loss = loss_sum(run, batch) / n_targets
+        # DDP and FSDP average gradients over the processes, where their sum is wanted.
+        run.scaler.scale(micro_loss * distributed.world_size()).backward()
+        loss += micro_loss.detach()
+    for optimizer in run.optimizers:
+        run.scaler.unscale_(optimizer)
+    max_norm = run.config.grad_clip or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), max_norm)
+    return distributed.all_reduce(loss), distributed.full_tensor(grad_norm)
+
+
+def train_step(run: Run):
+    """Make one optimizer update; -> (loss, gradient norm), tensors that stay on the device."""
+    step = run.progress.step
+    set_lr(run.optimizers, run.config, step)
+    micro_batches = run.next_batch or get_batch(run, step)
+    loss, grad_norm = compute_gradients(run, micro_batches)
+    while run.scaler.lower_after_overflow(loss, grad_norm, run.optimizers, run.set_to_none):
+        loss, grad_norm = compute_gradients(run, micro_batches)  # float16: the same step again
+    update_weights(run, loss, grad_norm)
+    run.ema.update(step)
+    run.progress.step += 1
+    run.progress.tokens += run.config.tokens_per_step
+    run.next_batch = get_batch(run, step + 1)  # while the device is still busy with this one
+    return loss, grad_norm
+
+
+def update_weights(run: Run, loss, grad_norm) -> None:
+    """Step the optimizers, which skip a step that is not finite by looking at `found_inf` on the
+    device, so that this process need not wait to find out."""
+    found_inf = run.guard.check(loss, grad_norm, run.progress.step + 1)
+    for optimizer in run.optimizers:
+        if run.scaler.is_enabled():
+            if not found_inf:  # lower_after_overflow has waited for the device anyway
+                run.scaler.step(optimizer)
+        else:
+            optimizer.found_inf = found_inf
+            if run.device.type != "mps" or not found_inf:  # MPS kernels ignore found_inf
+                optimizer.step()
+        optimizer.zero_grad(run.set_to_none)
+    run.scaler.update()
+
+
+# ---- the loop ----------------------------------------------------------------------------------
+
+
+def train(run: Run) -> int:
+    """Train to the end, or until a signal; -> exit code."""
+    config, progress = run.config, run.progress
+    if distributed.is_main():
+        run.log = make_logger(run)
+    with contextlib.closing(run.log), stop_signals(distributed.world_size() == 1) as received:
+        run.timer.start(progress)
+        # A signal to one process stops all of them after the same step.
+        while not (number := distributed.all_reduce_max(max(received, default=0))):
+            if evaluation_is_due(run):
+                evaluate_and_save(run)
+            if is_last(run):
+                run.log.say(done_message(config, progress))
+                return EXIT_DONE
+            loss, grad_norm = train_step(run)
+            if progress.step % config.log_interval == 0 or progress.step == 1:
+                log_step(run, loss, grad_norm)
+        return save_and_stop(run, number)
+
+
+def make_logger(run: Run) -> Logger:
+    resumed = dataclasses.replace(run.progress) if run.has_checkpoint else None
+    is_cpu = run.device.type == "cpu"
+    options = dataclasses.asdict(run.config)
+    log = Logger(Path(run.config.out_dir), options, resumed, run.compiles, warns_if_slow=is_cpu)
+    log.say(run_summary(run))
+    return log
+
+
+def is_last(run: Run) -> bool:
+    is_stale = 0 < run.config.patience <= run.progress.stale_evaluations
+    return is_stale or run.progress.step >= run.config.max_iters
+
+
+def evaluation_is_due(run: Run) -> bool:
+    step = run.progress.step
+    is_due = step % run.config.eval_interval == 0 or is_last(run)
+    return is_due and step != run.progress.evaluated_step
+
+
+def evaluate(run: Run) -> dict:
+    """The record of an evaluation: the step, its metrics, and a sample on rank 0 if wanted."""
+    record = {"step": run.progress.step, **estimate_loss(run)}
+    if not all(map(math.isfinite, record.values())):
+        text = evaluation_text(record)
+        raise RunError(f"{text}: not finite, nothing saved; lower learning_rate")
+    if run.config.sample_at_eval and distributed.is_main():
+        record["sample"] = sample_text(run)
+    return record
+
+
+def evaluate_once(run: Run) -> int:
+    with run.ema.as_weights():
+        record = evaluate(run)
+    if distributed.is_main():
+        print(evaluation_text(record), flush=True)
+    return EXIT_DONE
+
+
+def evaluate_and_save(run: Run) -> None:
+    run.guard.report(run.progress.skipped_steps, run.log)
+    config, progress = run.config, run.progress
+    with run.ema.as_weights():
+        record = evaluate(run)
+        is_best = record["val_loss"] < progress.best_val_loss
+        if is_best:
+            progress.best_val_loss = record["val_loss"]
+            save(run, checkpoint.BEST)
+    progress.stale_evaluations = 0 if is_best else progress.stale_evaluations + 1
+    progress.evaluated_step = progress.step
+    progress.seconds = run.timer.seconds()
+    record["lr"] = get_lr(config, progress.step)
+    record |= {"tokens": progress.tokens, "seconds": round(progress.seconds, 3)}
+    run.log.evaluation(record, is_best)
+    if is_best or config.always_save_checkpoint or is_last(run):
+        save(run, checkpoint.LATEST)
+    run.timer.restart(progress.step)
+
+
+def log_step(run: Run, loss, grad_norm) -> None:
+    """Apart from evaluations, the only place in the loop that waits for the device."""
+    run.guard.report(run.progress.skipped_steps, run.log)
+    numbers = {"loss": loss.item(), "grad_norm": grad_norm.item()}
+    record = {"step": run.progress.step}
+    record |= {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+    record["lr"] = get_lr(run.config, run.progress.step - 1)
+    run.log.step(record | run.timer.lap(run.progress.step))
+
+
+def save(run: Run, name: str) -> None:
+    """best.pt, with what sampling needs, or ckpt.pt, with all that an exact resume needs."""
+    contents = {
+        "model": state_dict.model_state_dict(run.model),
+        "model_config": config_to_dict(run.model.config),
+        "config": dataclasses.asdict(run.config),
+        "tokenizer": run.data.meta.tokenizer,
+        "step": run.progress.step,
+        "best_val_loss": run.progress.best_val_loss,
+        "text_sha256": run.data.meta.sha256,
+    }
+    if name == checkpoint.LATEST:
+        contents |= state_dict.training_state(run.optimizers, run.ema, run.scaler)
+        contents["progress"] = dataclasses.asdict(run.progress)
+    if distributed.is_main():
+        run.log.sync()  # no checkpoint on the disk is newer than the metrics that led to it
+        out_dir = Path(run.config.out_dir)
+        if name == checkpoint.BEST:
+            checkpoint.save_checkpoint(out_dir / name, contents)
+        else:
+            checkpoint.save_latest(out_dir, contents, keep_previous=run.has_checkpoint)
+    run.has_checkpoint |= name == checkpoint.LATEST
+
+
+def save_and_stop(run: Run, signal_number: int) -> int:
+    run.guard.report(run.progress.skipped_steps, run.log)
+    run.progress.seconds = run.timer.seconds()
+    save(run, checkpoint.LATEST)
+    run.log.say(stopped_message(run.config, run.progress, signal_number))
+    distributed.barrier()  # all wait for the save, and take no notice of further signals
+    return 128 + signal_number
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> int:
+    with distributed.session():
+        config = settings.load(TrainConfig, argv, usage=__doc__)
+        sys.stdout.reconfigure(errors="replace")  # for samples with characters that it lacks
+        is_writer = distributed.is_main() and not config.eval_only
+        folder = run_folder(config.out_dir)
+        with file_lock(folder) if is_writer else contextlib.nullcontext():
+            with devices.out_of_memory_advice("lower n_embd or n_layer"):
+                run = setup(*find_start(TrainConfig, argv, usage=__doc__))
+            halve = (
+                f"halve batch_size={run.config.batch_size} and double gradient_accumulation_steps"
+            )
+            more = "which trains the same, or lower block_size, n_embd or n_layer"
+            with devices.out_of_memory_advice(f"{halve}, {more}"):
+                return evaluate_once(run) if run.config.eval_only else train(run)
 
 
 if __name__ == "__main__":

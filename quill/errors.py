@@ -1,7 +1,8 @@
-"""What can go wrong, and what the shell sees of it: one line on stderr and an exit code."""
+"""Errors, as one line on stderr and an exit code; signals."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -19,7 +20,7 @@ class RunError(Exception):
 
 
 def run_command(main) -> None:
-    """Run `main(argv) -> exit code` as a command; what may fail fails with one line."""
+    """Run `main(argv) -> exit code` as a command; an expected failure prints one line."""
     signal.signal(signal.SIGINT, _interrupt)
     try:
         code = main(sys.argv[1:])
@@ -36,7 +37,7 @@ def run_command(main) -> None:
 
 
 def _interrupt(number, frame) -> None:
-    """Ctrl-C as ever, but for an import: its callbacks and libraries make something else of it."""
+    """Raise KeyboardInterrupt; exit at once during an import, where libraries may swallow it."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             print_error("interrupted")
@@ -81,3 +82,26 @@ def print_error(message: str) -> None:
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)  # over a progress line
     print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def stop_signals(acts_at_second: bool):
+    """Yield a list that collects SIGINT and SIGTERM while the block runs.
+
+    acts_at_second: a second signal acts at once, as it would without this.
+    """
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, frame):
+        received.append(number)
+        if acts_at_second:
+            signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, the folders that hold them, and their progress."""
+"""Atomic writes, file locks, checksums, folder names, and a progress line."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ READ_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
-def atomic_write(*paths: Path, keep: Path | None = None, is_whole=None):
+def atomic_write(*paths: Path, keep: Path | None = None, verify=None):
     """Yield one writable binary file for each path.
 
     They are written under `<name>.tmp`, flushed to the disk and, when the block ends well, renamed
-    in the order given. When that ends badly they are removed, and whatever was there before stays.
-    Of several, the last makes the others valid: it is away while they change, and `finish_atomic_write`
-    can do what a kill between two renames left undone.
+    in the order given. When it does not, they are removed, and the files of before stay as they
+    were. Of several files the last makes the others valid: it is removed before they are renamed,
+    and `finish_atomic_write` completes what a kill between two renames left undone.
 
-    keep: a second name for what one path held until now.
-    is_whole: called with each temporary file, to be read back from the disk where the system can
-    drop it from memory. Raises `RunError` when it returns false.
+    keep: a second name to keep the present contents of one path under.
+    verify: called with each temporary file, to read it back from the disk (where the system lets us
+    drop it from memory). Raises `RunError` when it returns false.
     """
     temporary = [_temporary(path) for path in paths]
     handles = []
@@ -37,11 +37,11 @@ def atomic_write(*paths: Path, keep: Path | None = None, is_whole=None):
         for handle in handles:
             handle.flush()
             os.fsync(handle.fileno())
-            if is_whole is not None and hasattr(os, "posix_fadvise"):
+            if verify is not None and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             handle.close()
         for tmp, path in zip(temporary, paths, strict=True):
-            if is_whole is not None and not is_whole(tmp):
+            if verify is not None and not verify(tmp):
                 raise RunError(f"{path}: what was read back is not what was written")
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:
@@ -52,7 +52,7 @@ def atomic_write(*paths: Path, keep: Path | None = None, is_whole=None):
         for tmp in temporary:
             tmp.unlink(missing_ok=True)
         raise
-    # From here on nothing is removed: an interruption leaves what `finish_atomic_write` needs.
+    # From here on no temporary file is removed: `finish_atomic_write` may need it.
     if len(paths) > 1:
         paths[-1].unlink(missing_ok=True)
     if keep is not None and paths[0].exists():
@@ -67,7 +67,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _give_second_name(path: Path, name: Path) -> None:
-    """Without a moment in which `path` is missing, where the file system has hard links."""
+    """Rename, but with hard links, where there are any, `path` is never missing meanwhile."""
     _temporary(name).unlink(missing_ok=True)
     try:
         os.link(path, _temporary(name))
@@ -77,12 +77,12 @@ def _give_second_name(path: Path, name: Path) -> None:
         _temporary(name).replace(name)
 
 
-def finish_atomic_write(*paths: Path, is_whole) -> None:
-    """Rename what `atomic_write` had written to the end when it was killed; `is_whole(last path)`.
+def finish_atomic_write(*paths: Path, verify) -> None:
+    """Rename the files of an `atomic_write` that was killed after it had written all of them.
 
-    Raises `InputError` when it is at work just now.
+    They are complete when `verify` accepts the last one. Raises `InputError` while one is under way.
     """
-    if paths[-1].exists() or not is_whole(_temporary(paths[-1])):
+    if paths[-1].exists() or not verify(_temporary(paths[-1])):
         return
     with file_lock(paths[0].parent):
         for path in paths:
@@ -103,10 +103,10 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def file_lock(folder: Path):
-    """Make `folder` and hold it; raises `InputError` while another process does.
+    """Make `folder` and lock it; raises `InputError` while another process holds the lock.
 
-    The operating system lets go when the process ends, in whatever way, so the file `.lock` that
-    stays behind means nothing. Where there are no such locks, a line on stderr says so.
+    The operating system releases it when the process ends, in whatever way, so a `.lock` file left
+    behind means nothing. Where there are no such locks, a line on stderr says so.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def file_lock(folder: Path):
         raise InputError(f"{folder}: there is a file of that name") from None
     with (folder / ".lock").open("a") as file:
         try:
-            import fcntl  # not there on Windows
+            import fcntl  # not available on Windows
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -128,7 +128,7 @@ def file_lock(folder: Path):
 
 
 def sha256_of(file, n_bytes: int):
-    """The hash, to go on with, of the next `n_bytes` of an open file, or of what there is."""
+    """A hash object, to be updated further, of the next `n_bytes` of an open file."""
     digest = hashlib.sha256()
     while data := file.read(min(READ_BYTES, n_bytes)):
         digest.update(data)
@@ -142,7 +142,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def run_folder(name: str) -> Path:
-    """A run's folder; raises `InputError` for one that climbs: what it names may be anywhere."""
+    """A run's folder; raises `InputError` for a path with `..`, which could be anywhere."""
     path = Path(name)
     if not name or ".." in path.parts:
         raise InputError(
@@ -166,7 +166,7 @@ _last_shown = 0.0
 
 
 def show_progress(what: str, done: int, total: int) -> None:
-    """A line on stderr, rewritten a few times a second, when a person is looking."""
+    """A line on stderr, rewritten a few times a second, if that is a terminal."""
     global _last_shown
     is_done = done >= total
     if (is_done or time.monotonic() - _last_shown > 0.2) and sys.stderr.isatty():

@@ -1,11 +1,11 @@
 """Settings: a dataclass of defaults, overridden by config files, overridden by flags.
 
-A script declares its options as a dataclass whose fields are made with `option()`; `load()` fills
-one in from the command line. Config files are plain Python assignments, as in nanoGPT:
+A command declares its options as a dataclass whose fields are made with `option()`; `load()` makes
+an instance from the command line. Config files are plain Python assignments, as in nanoGPT:
 
     python train.py config/small.py --batch_size=32 --compile false
 
-Everything that is wrong with the input is reported at once, as one `InputError`.
+All that is wrong with the input is reported at once, as one `InputError`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,21 @@ _UNREADABLE = object()
 def option(default, help: str, *, min: float | None = None, max: float | None = None):
     """A dataclass field with its one line of help and, for numbers, its inclusive bounds."""
     return dataclasses.field(default=default, metadata={"help": help, "min": min, "max": max})
+
+
+def options_of(cls, leave_out: tuple[str, ...] = (), **defaults):
+    """A dataclass to inherit from, with the fields of `cls` as options, and some other defaults.
+
+    Their metadata has the help and the bounds, as `option` makes it.
+    """
+    fields = []
+    kinds = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name not in leave_out:
+            default = defaults.get(field.name, field.default)
+            copy = dataclasses.field(default=default, metadata=field.metadata)
+            fields.append((field.name, kinds[field.name], copy))
+    return dataclasses.make_dataclass(f"{cls.__name__}Options", fields, frozen=True)
 
 
 def load(cls, argv: list[str], *, usage: str, positional: str | None = None, base=None):
@@ -175,7 +190,7 @@ def _from_python(kind, value):
 
 
 def _bounds_problem(field, value) -> list[str]:
-    low, high = field.metadata["min"], field.metadata["max"]
+    low, high = field.metadata.get("min"), field.metadata.get("max")
     if not isinstance(value, (int, float)):
         return []
     if low is not None and value < low:

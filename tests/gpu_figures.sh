@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What RESULTS.md still owes from a GPU, in one go, the tests first. Needs the two Shakespeare
-# datasets prepared; the path of a nanoGPT checkout with its own data prepared adds the comparison.
+# Measures on a GPU what docs/results.md still lacks, after running the CUDA tests. Needs the two
+# Shakespeare datasets prepared. The path of a nanoGPT checkout with its own data prepared adds the
+# comparison.
 #
 #     tests/gpu_figures.sh RESULT_FOLDER [NANOGPT_FOLDER]
 set -u
@@ -19,18 +20,18 @@ step cuda_tests python -m pytest -m cuda -q
 
 for mode in default reduce-overhead; do
     for config in shakespeare_char speedrun; do
-        step "bench_${config}_$mode" python bench.py "config/$config.py" \
+        step "bench_${config}_$mode" python -m quill.bench "config/$config.py" \
             --compile_mode=$mode --json="$results/bench_${config}_$mode.json"
     done
 done
-step bench_shakespeare_char_deterministic python bench.py config/shakespeare_char.py \
+step bench_shakespeare_char_deterministic python -m quill.bench config/shakespeare_char.py \
     --deterministic=true --json="$results/bench_shakespeare_char_deterministic.json"
-step bench_gpt2_124M python bench.py config/shakespeare.py --n_layer=12 --n_head=12 --n_embd=768 \
+step bench_gpt2_124M python -m quill.bench config/shakespeare.py --n_layer=12 --n_head=12 --n_embd=768 \
     --block_size=1024 --batch_size=32 --dropout=0 --timed_steps=50 \
     --json="$results/bench_gpt2_124M.json"
-step bench_gpt2_124M_classic python bench.py config/gpt2.py --dataset=shakespeare --batch_size=32 \
+step bench_gpt2_124M_classic python -m quill.bench config/gpt2.py --dataset=shakespeare --batch_size=32 \
     --gradient_accumulation_steps=1 --timed_steps=50 --json="$results/bench_gpt2_124M_classic.json"
-step plan_gpt2_124M python bench.py config/shakespeare.py --n_layer=12 --n_head=12 --n_embd=768 \
+step plan_gpt2_124M python -m quill.bench config/shakespeare.py --n_layer=12 --n_head=12 --n_embd=768 \
     --block_size=1024 --batch_size=32 --dropout=0 --plan --json="$results/plan_gpt2_124M.json"
 
 for config in speedrun shakespeare_char lecture; do
@@ -40,7 +41,7 @@ for config in speedrun shakespeare_char lecture; do
     done
 done
 
-# Pretrain and finetune, where a larger text and Shakespeare are prepared by byte (see the README).
+# Pretrain and finetune, if a larger text and Shakespeare are prepared by byte (docs/lecture.md).
 if [ -d data/classics ] && [ -d data/shakespeare_byte ]; then
     step pretrain python train.py config/speedrun.py --dataset=classics --max_iters=6000 \
         --dropout=0 --average_decay=0 --eval_interval=1000 --out_dir="$results/out_classics"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from quill.data import dataset
+from quill.data import dataset_files
 from quill.training import checkpoint
 
 REPO = Path(__file__).resolve().parent.parent
@@ -49,7 +49,7 @@ def seal(path: Path) -> None:
     """Give a forged archive the checksum that checkpoint.save would have given it."""
     data = path.read_bytes()
     digest = hashlib.sha256(data)
-    path.write_bytes(data[:-2] + checkpoint._comment(digest))
+    path.write_bytes(data[:-2] + checkpoint.checksum_comment(digest))
 
 
 def edit_meta(folder: Path, **changes) -> None:
@@ -57,7 +57,7 @@ def edit_meta(folder: Path, **changes) -> None:
     path = Path(folder, "meta.json")
     fields = json.loads(path.read_text()) | changes
     fields.pop("checksum")
-    path.write_text(json.dumps(fields | {"checksum": dataset._checksum(fields)}))
+    path.write_text(json.dumps(fields | {"checksum": dataset_files.checksum_of(fields)}))
 
 
 def is_one_error_line(stderr: str) -> bool:

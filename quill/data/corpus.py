@@ -5,7 +5,7 @@ The kinds of files:
     *.txt, any other name     one document
     *.jsonl                   a document a line: {"text": ...} or {"prompt": ..., "completion": ...}
     *.parquet                 a document a row, of the column `text`
-    *.txt.gz, *.jsonl.gz      the same, unpacked on the way
+    *.txt.gz, *.jsonl.gz      the same, unpacked while they are read
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ class Section(NamedTuple):
 
 
 class Corpus:
-    """Files that are read from the first to the last, as often as wanted."""
+    """Files that are read in order, once or more often."""
 
     def __init__(self, name: str):
         """name: a file, a folder with everything below it, or a pattern such as books/*.txt."""
         self.files = _find(name)
         self.is_one_text = len(self.files) == 1 and _kind(self.files[0]) == "txt"
         self.n_bytes = sum(map(_size, self.files))
-        self.n_documents = self.n_chars = 0  # read in the latest pass
+        self.n_documents = self.n_chars = 0  # so far, in the latest pass
 
     def documents(self, doing: str) -> Iterator[list[Section]]:
-        """Raises InputError for the first file, or line of it, that is not what it should be."""
+        """doing: for the progress line. Raises InputError naming the first wrong file or line."""
         self.n_documents = self.n_chars = 0
         n_before = 0
         for path in self.files:
@@ -77,17 +77,17 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What a first pass over a corpus finds out."""
+    """What a first pass over a corpus finds."""
 
     n_documents: int
     n_chars: int
     chars: str  # the distinct ones, in code point order
     has_prompts: bool
-    sha256: str  # of the file; of the files' digests where there are several
+    sha256: str  # of the file; of the files' hashes where there are several
 
 
 def survey(corpus: Corpus) -> Survey:
-    """Raises InputError for an empty corpus, and for one that is only here and there prompts."""
+    """Raises InputError for an empty corpus, and where only some documents have a prompt."""
     seen = np.zeros(sys.maxunicode + 1, dtype=bool)
     n_with_prompts = 0
     for document in corpus.documents("reading"):
@@ -101,7 +101,7 @@ def survey(corpus: Corpus) -> Survey:
     if 0 < n_with_prompts < corpus.n_documents:
         raise InputError(
             f"{name}: {n_with_prompts:,} of {corpus.n_documents:,} documents are a prompt and a "
-            "completion, the others are not: prepare them one by one"
+            "completion, the others are not: prepare them separately"
         )
     digests = [f"{_kind(path)} {sha256_of_file(path)}" for path in corpus.files]
     sha256 = digests[0].split()[1]
@@ -153,8 +153,8 @@ def _kind(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: Path):
-    """-> the file's contents, and the file itself, which knows how far it has been read."""
+def _open(path: Path):
+    """-> a file of the contents, and the file itself, whose position is the progress."""
     try:
         if not path.is_file() and not path.is_dir():
             raise InputError(f"{path} is not a file that can be read twice; save it to one first")
@@ -170,7 +170,7 @@ def _opened(path: Path):
 
 def _read_txt(path: Path, show: Callable) -> Iterator[list]:
     pieces = _pieces(path, show)
-    for first in pieces:  # an empty file is no document
+    for first in pieces:  # at most once: an empty file is no document
         yield [(itertools.chain([first], pieces), True)]
 
 
@@ -178,7 +178,7 @@ def _pieces(path: Path, show: Callable) -> Iterator[str]:
     """The file's text; line ends stay as they are."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = 0
-    with _opened(path) as (file, raw):
+    with _open(path) as (file, raw):
         while True:
             data = file.read(CHUNK_BYTES)
             pending = len(decoder.getstate()[0])
@@ -190,7 +190,7 @@ def _pieces(path: Path, show: Callable) -> Iterator[str]:
                     f"{path} is not UTF-8: byte {offset:,} is wrong; convert it first"
                 ) from None
             if position == 0:
-                piece = piece.removeprefix("\ufeff")  # which Windows puts before a text
+                piece = piece.removeprefix("\ufeff")  # a byte order mark, as Windows writes it
             position += len(data)
             show(raw.tell())
             if piece:
@@ -200,7 +200,7 @@ def _pieces(path: Path, show: Callable) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path, show: Callable) -> Iterator[list]:
-    with _opened(path) as (file, raw):
+    with _open(path) as (file, raw):
         number = 0
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
@@ -215,7 +215,7 @@ def _read_jsonl(path: Path, show: Callable) -> Iterator[list]:
 
 
 def _document(line: bytes) -> list:
-    """Nothing for an empty text; raises ValueError when the line is no document."""
+    """-> its sections, none for an empty text; raises ValueError when the line is no document."""
     if len(line) > LONGEST_LINE:
         raise ValueError(f"longer than {LONGEST_LINE:,} bytes")
     record = json.loads(line)
@@ -241,7 +241,7 @@ def _read_parquet(path: Path, show: Callable) -> Iterator[list]:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise InputError(f"{error}; install the extra: pip install '.[data]'") from None
-    with _opened(path) as (file, raw):
+    with _open(path) as (file, raw):
         try:
             for rows in parquet.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=["text"]):
                 for text in rows.column("text").to_pylist():

@@ -1,4 +1,4 @@
-"""Fetch a file of known size and hash; what was cut off goes on where it stopped."""
+"""Fetch a file of known size and hash; an interrupted download resumes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import os
 import time
 from pathlib import Path
 
+import requests
+
 from quill.errors import RunError
 from quill.files import file_lock, sha256_of_file, show_progress
 
 TIMEOUT_SECONDS = 20  # without a byte
-SLOWEST_BYTES_PER_SECOND = 50_000  # over all of an attempt, beyond its first minutes
+# An attempt may take PATIENCE_SECONDS, and the time that all bytes need at the slowest rate.
 PATIENCE_SECONDS = 300
+SLOWEST_BYTES_PER_SECOND = 50_000
 ATTEMPTS = 3  # at each address
 READ_BYTES = 1 << 20
 
@@ -26,20 +29,17 @@ def download(
 ) -> None:
     """Write `path` from the first of `urls` that delivers it whole.
 
-    Each is tried `ATTEMPTS` times with a doubling wait. Until everything is right, what has come
-    is in `<path>.part`, where the next attempt, or the next run, goes on. Raises RunError when
-    none delivers; `advice` says what the user can do then.
+    Each is tried `ATTEMPTS` times with a doubling wait. Until the file is complete, its beginning
+    is in `<path>.part`, from which the next attempt, or the next run, resumes. Raises RunError when
+    all fail; `advice` says what the user can do then.
     """
-    import requests
-    import urllib3
-
     part, reasons = path.with_name(path.name + ".part"), {}
     with file_lock(path.parent):
         for attempt in range(ATTEMPTS):
             for url in urls:
                 try:
                     _fetch(url, part, n_bytes)
-                except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+                except (requests.RequestException, requests.exceptions.BaseHTTPError) as error:
                     response = getattr(error, "response", None)
                     status = "" if response is None else f" {response.status_code}"
                     reasons[url] = type(error).__name__ + status
@@ -59,9 +59,10 @@ def download(
 
 
 def _fetch(url: str, part: Path, n_bytes: int) -> None:
-    """Go on with `part`, up to a byte more than `n_bytes`: a wrong file cannot fill the disk."""
-    import requests
+    """Resume `part`, up to a byte more than `n_bytes`: a wrong file cannot fill the disk.
 
+    `response.raw` raises BaseHTTPError, which is urllib3's, instead of requests' own exceptions.
+    """
     n_there = part.stat().st_size if part.exists() else 0
     if n_there >= n_bytes:
         return
@@ -69,10 +70,11 @@ def _fetch(url: str, part: Path, n_bytes: int) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS + n_bytes / SLOWEST_BYTES_PER_SECOND
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
         if response.status_code == requests.codes.requested_range_not_satisfiable:
-            part.unlink()  # it goes on from nothing
+            part.unlink()  # start again
         response.raise_for_status()
         is_rest = response.status_code == requests.codes.partial_content
         with part.open("ab" if is_rest else "wb") as file:
+            # iter_content would wait for full chunks, and miss the deadline of a dripping server.
             while data := response.raw.read1(min(READ_BYTES, n_bytes + 1 - file.tell())):
                 file.write(data)
                 show_progress(f"downloading {url}", file.tell(), n_bytes)

@@ -1,15 +1,14 @@
-"""Tokenizers: text to token ids and back. Each one is fully described by a small JSON object.
+"""Tokenizers: text to token ids and back. Each is described completely by a JSON object.
 
-That object is written into a dataset's meta.json and into every checkpoint, so a run can always
-decode what it generates. All three kinds offer the same things:
+That object is written to a dataset's meta.json and to every checkpoint, so a run can always
+decode what it generates. All three kinds have:
 
     vocab_size                 ids are 0 .. vocab_size - 1
     end_of_text                the id that ends a document; None where there is none
     encode(text) -> ids        a one-dimensional array of ids; END_OF_TEXT in it is ordinary text
-    parts(texts)               one text in pieces of any size -> parts to encode one by one
-    decode_bytes(ids)          UTF-8; a single byte token may be a fraction of a character
-    reverses_answers           whether completions are sums, say: see `plain`
-    to_json()                  plain types; `from_json` undoes it
+    parts(texts)               one text in pieces of any size -> parts that can be encoded apart
+    decode_bytes(ids)          UTF-8; the bytes of a character may come from several tokens
+    to_json()                  plain types, from which `from_json` makes the tokenizer again
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
+import tiktoken
 
 from quill.errors import InputError, RunError
 
@@ -29,12 +29,12 @@ END_OF_TEXT = "<|endoftext|>"  # as GPT-2 spells it
 class CharTokenizer:
     """One token per character of the training text, and one to end a document if wanted."""
 
-    def __init__(self, chars: str, ends_texts: bool = False, reverses_answers: bool = False):
-        self.chars, self.reverses_answers = chars, reverses_answers
+    def __init__(self, chars: str, ends_texts: bool = False):
+        self.chars = chars
         self.vocab_size = len(chars) + ends_texts
         self.end_of_text = len(chars) if ends_texts else None
         known = code_points(chars)
-        # One table look-up per character; the extra last entry is for any higher code point.
+        # Encoding is a table look-up; the extra last entry stands for all higher code points.
         self._id_of = np.full(int(known.max(initial=0)) + 2, -1, dtype=np.int32)
         self._id_of[known] = np.arange(len(chars))
         self._token_bytes = [char.encode("utf-8") for char in (*chars, END_OF_TEXT)]
@@ -60,15 +60,11 @@ class CharTokenizer:
         return b"".join(self._token_bytes[i] for i in ids)
 
     def to_json(self) -> dict:
-        flags = {"ends_texts": self.end_of_text is not None}
-        flags |= {"reverses_answers": True} if self.reverses_answers else {}
-        return {"kind": "char", "chars": self.chars, **flags}
+        return {"kind": "char", "chars": self.chars, "ends_texts": self.end_of_text is not None}
 
 
 class ByteTokenizer:
     """One token per UTF-8 byte, any text at all, and one to end a document if wanted."""
-
-    reverses_answers = False
 
     def __init__(self, ends_texts: bool = False):
         self.vocab_size = 256 + ends_texts
@@ -90,9 +86,7 @@ class ByteTokenizer:
 class BPETokenizer:
     """GPT-2's byte-pair encoding, by tiktoken; special tokens in a text are ordinary characters."""
 
-    reverses_answers = False
-
-    # How a text is cut before its bytes are merged: tiktoken's form of GPT-2's expression.
+    # What cuts a text into pre-tokens before bytes are merged: GPT-2's, as tiktoken writes it.
     _PATTERN = (
         r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
     )
@@ -102,12 +96,10 @@ class BPETokenizer:
     _PART_CHARS = 1 << 18
 
     def __init__(self, tokens: list[bytes], special: list[str]):
-        """tokens: in the order of their merges, which is that of their ids; `special` follow.
+        """tokens: in the order of their ids, which is that of their merges; `special` follow.
 
-        Raises ValueError when they do not make a tokenizer: every byte must be one of them.
+        Raises ValueError when they do not make a tokenizer: each byte must be one of the tokens.
         """
-        import tiktoken
-
         distinct = {*tokens}
         if len(distinct) < len(tokens) or not {bytes([b]) for b in range(256)} <= distinct:
             raise ValueError("its tokens are not distinct, or lack one of the 256 bytes")
@@ -127,9 +119,8 @@ class BPETokenizer:
 
     @classmethod
     def gpt2(cls) -> BPETokenizer:
-        """GPT-2's own; tiktoken downloads it once, into TIKTOKEN_CACHE_DIR where that is set."""
-        import requests
-        import tiktoken
+        """GPT-2's own, which tiktoken downloads once, to TIKTOKEN_CACHE_DIR if that is set."""
+        import requests  # here, because it takes 0.1 s and prepare.py of a small text not much more
 
         try:
             gpt2 = tiktoken.get_encoding("gpt2")
@@ -169,16 +160,16 @@ Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer
 
 
 def from_json(spec: object, source: str) -> Tokenizer:
-    """Rebuild a tokenizer; raises `InputError` naming `source` when `spec` is not one."""
+    """The tokenizer of a `to_json()`; raises `InputError` naming `source` when it is not one."""
     try:
-        ends_texts, reverses = spec.get("ends_texts", False), spec.get("reverses_answers", False)
-        if type(ends_texts) is not bool or type(reverses) is not bool:
-            raise ValueError("ends_texts or reverses_answers is neither true nor false")
+        ends_texts = spec.get("ends_texts", False)
+        if type(ends_texts) is not bool:
+            raise ValueError("ends_texts is neither true nor false")
         if spec["kind"] == "char":
             chars = spec["chars"]
             if type(chars) is not str or not chars or len(set(chars)) < len(chars):
                 raise ValueError("chars must be distinct")
-            return CharTokenizer(chars, ends_texts, reverses)
+            return CharTokenizer(chars, ends_texts)
         if spec["kind"] == "byte":
             return ByteTokenizer(ends_texts)
         if spec["kind"] == "gpt2":
@@ -193,20 +184,12 @@ def from_json(spec: object, source: str) -> Tokenizer:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Like `encode`, but `END_OF_TEXT` is that token where the tokenizer has it."""
+    """Like `encode`, but `END_OF_TEXT` becomes that token if the tokenizer has it."""
     if tokenizer.end_of_text is None:
         return tokenizer.encode(text)
     end = np.array([tokenizer.end_of_text])
     parts = [part for text in text.split(END_OF_TEXT) for part in (end, tokenizer.encode(text))]
     return np.concatenate(parts[1:])
-
-
-def plain(completion: str) -> str:
-    """The answer as a person reads it, of a tokenizer that `reverses_answers`.
-
-    It stands behind the last "=", if there is one, from its last digit on.
-    """
-    return completion.rpartition("=")[2][::-1]
 
 
 def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
@@ -215,7 +198,7 @@ def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
 
 
 class StreamDecoder:
-    """Decode ids as they come; a character is returned once all of its bytes are there."""
+    """Decodes ids as they come; returns a character as soon as all of its bytes are there."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -225,12 +208,12 @@ class StreamDecoder:
         return self._utf8.decode(self._tokenizer.decode_bytes(ids))
 
     def finish(self) -> str:
-        """What is left: U+FFFD for a character that was never completed, else nothing."""
+        """What is left: U+FFFD if the last character is incomplete, else nothing."""
         return self._utf8.decode(b"", final=True)
 
 
 def code_points(text: str) -> np.ndarray:
     """One unsigned integer per character."""
-    if text.isascii():  # one byte a character: four times less to move
+    if text.isascii():  # one byte a character instead of four
         return np.frombuffer(text.encode("ascii"), dtype=np.uint8)
     return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)

@@ -1,7 +1,7 @@
-"""Tokenizers in Hugging Face's form, a tokenizer.json: read from a folder, or made of Quill's own.
+"""Tokenizers in Hugging Face's form, a tokenizer.json: read it, or write one of Quill's own.
 
-Byte-pair encoding is there a vocabulary and a list of merges, with tokens spelled in an alphabet
-of one visible character a byte: the form in which GPT-2's was published.
+There a byte-pair encoding is a vocabulary and a list of merges, and tokens are spelled with one
+visible character for each byte, as OpenAI published GPT-2's.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from quill.data.tokenizers import END_OF_TEXT, BPETokenizer, ByteTokenizer, Char
 from quill.errors import InputError
 
 _BYTES = [bytes([b]) for b in range(256)]
+# GPT-2's byte encoder: a visible byte is spelled as itself, the others from U+0100 on.
 _VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _OTHERS = [b for b in range(256) if b not in _VISIBLE]
-_LETTERS = [chr(b if b in _VISIBLE else 256 + _OTHERS.index(b)) for b in range(256)]
-_BYTE_OF = {letter: b for b, letter in enumerate(_LETTERS)}
+_BYTE_ENCODER = [chr(b if b in _VISIBLE else 256 + _OTHERS.index(b)) for b in range(256)]
+_BYTE_DECODER = {char: b for b, char in enumerate(_BYTE_ENCODER)}
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 _EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated"}
@@ -25,9 +26,9 @@ _EACH_CHARACTER |= {"invert": False}
 
 
 def read(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a model's folder; None where it has none.
+    """The tokenizer in a model's folder, or None if there is none.
 
-    Raises `InputError` for one that Quill has not.
+    Raises `InputError` for a tokenizer that is not one of Quill's.
     """
     path = folder / "tokenizer.json"
     if path.exists():
@@ -48,7 +49,7 @@ def read(folder: Path) -> Tokenizer | None:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object; raises `InputError` when that is not what the file holds."""
+    """A JSON object; raises `InputError` when the file does not hold one."""
     try:
         contents = json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:
@@ -86,9 +87,9 @@ def _bpe_tokenizer(spec: dict) -> BPETokenizer | ByteTokenizer:
         raise ValueError("its ids are not 0, 1, 2 and so on")
     n_ordinary = len(_BYTES) + len(merges)
     ordinary, special = names[:n_ordinary], names[n_ordinary:]
-    if not added.keys() <= {*special} or not {*"".join(ordinary)} <= _BYTE_OF.keys():
+    if not added.keys() <= {*special} or not {*"".join(ordinary)} <= _BYTE_DECODER.keys():
         raise ValueError("its special tokens are not the last, or the others not of bytes")
-    tokens = [bytes(_BYTE_OF[letter] for letter in name) for name in ordinary]
+    tokens = [bytes(_BYTE_DECODER[letter] for letter in name) for name in ordinary]
     tokenizer = BPETokenizer(tokens, special)
     if merges_of(tokens) != merges:
         raise ValueError("its merges are not in the order of its ids")
@@ -98,15 +99,15 @@ def _bpe_tokenizer(spec: dict) -> BPETokenizer | ByteTokenizer:
 
 
 def _refuse_other_rules(spec: dict) -> None:
-    """Raise ValueError for what would give a text other ids than GPT-2's rules."""
-    model, cut = spec["model"], spec.get("pre_tokenizer") or {}
+    """Raise ValueError for rules that would give a text other ids than GPT-2's do."""
+    model, split = spec["model"], spec.get("pre_tokenizer") or {}
     for name, value, needed in [
         ("its model", model.get("type", "BPE"), "BPE"),
         ("its normalizer", spec.get("normalizer"), None),
-        ("its pre_tokenizer", cut.get("type"), "ByteLevel"),
-        ("add_prefix_space", cut.get("add_prefix_space", True), False),
-        ("use_regex", cut.get("use_regex", True), True),
-        ("what it adds", _adds(spec.get("post_processor") or {"type": "ByteLevel"}), False),
+        ("its pre_tokenizer", split.get("type"), "ByteLevel"),
+        ("add_prefix_space", split.get("add_prefix_space", True), False),
+        ("use_regex", split.get("use_regex", True), True),
+        ("adding special tokens", _adds_tokens(spec.get("post_processor")), False),
         ("truncation", spec.get("truncation"), None),
         ("ignore_merges", model.get("ignore_merges", False), False),
         ("dropout", model.get("dropout") or None, None),
@@ -117,29 +118,29 @@ def _refuse_other_rules(spec: dict) -> None:
             raise ValueError(f"{name} is {value!r:.80}, not {needed!r}")
 
 
-def _adds(post_processor: dict) -> bool:
-    """Whether it puts tokens around a text."""
-    is_template = post_processor["type"] == "TemplateProcessing"
-    return post_processor["type"] != "ByteLevel" and not (
-        is_template and not post_processor["special_tokens"]
-    )
+def _adds_tokens(post_processor: dict | None) -> bool:
+    """Whether it puts special tokens around a text."""
+    if not post_processor or post_processor["type"] == "ByteLevel":
+        return False
+    return post_processor["type"] != "TemplateProcessing" or bool(post_processor["special_tokens"])
 
 
 def specification(tokenizer: Tokenizer) -> dict:
     """The contents of a tokenizer.json that gives every text the ids of `encode_prompt`.
 
-    Raises ValueError for tokens that no merges of others make.
+    Raises ValueError where merging pairs of tokens does not make all the longer ones.
     """
     special = [] if tokenizer.end_of_text is None else [END_OF_TEXT]
     if isinstance(tokenizer, CharTokenizer):
-        names, cut, decoder = [*tokenizer.chars], _EACH_CHARACTER, {"type": "Fuse"}
-        model = {"type": "WordLevel", "unk_token": "<unk>"}  # not a token: unknown is an error
+        names, split, decoder = [*tokenizer.chars], _EACH_CHARACTER, {"type": "Fuse"}
+        # <unk> is not in the vocabulary, so an unknown character is an error.
+        model = {"type": "WordLevel", "unk_token": "<unk>"}
     else:
         tokens = _BYTES
         if isinstance(tokenizer, BPETokenizer):
             tokens, special = tokenizer.tokens, tokenizer.special
         names = [_spelled(token) for token in tokens]
-        cut, decoder = _BYTE_LEVEL, _BYTE_LEVEL
+        split, decoder = _BYTE_LEVEL, _BYTE_LEVEL
         model = {"type": "BPE", "merges": merges_of(tokens)}
     model["vocab"] = {name: i for i, name in enumerate(names + special)}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -150,7 +151,7 @@ def specification(tokenizer: Tokenizer) -> dict:
             for name in special
         ],
         "normalizer": None,
-        "pre_tokenizer": cut,
+        "pre_tokenizer": split,
         "post_processor": None,
         "decoder": decoder,
         "model": model,
@@ -158,9 +159,9 @@ def specification(tokenizer: Tokenizer) -> dict:
 
 
 def merges_of(tokens: list[bytes]) -> list[str]:
-    """The two parts that make each longer token when only lower ids may merge: 'Ġ t' and so on.
+    """For each longer token, the two parts left when only lower ids have merged: 'Ġ t' and so on.
 
-    Raises ValueError when that leaves more than two.
+    Raises ValueError when more than two parts are left.
     """
     rank, merges = {token: i for i, token in enumerate(tokens)}, []
     for token in tokens:
@@ -178,4 +179,4 @@ def merges_of(tokens: list[bytes]) -> list[str]:
 
 
 def _spelled(token: bytes) -> str:
-    return "".join(_LETTERS[b] for b in token)
+    return "".join(_BYTE_ENCODER[b] for b in token)

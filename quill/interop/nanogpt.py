@@ -1,4 +1,4 @@
-"""What nanoGPT leaves behind: its checkpoints, and the datasets that its prepare.py made."""
+"""Datasets that nanoGPT's prepare.py made. Its checkpoints are read by quill.interop.pretrained."""
 
 from __future__ import annotations
 
@@ -7,34 +7,30 @@ import pickle
 import pickletools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from quill.data import tokenizers
 from quill.errors import InputError
 
-if TYPE_CHECKING:
-    from quill.interop.pretrained import Pretrained
-
-_LONGEST_PICKLE = 1 << 22  # bytes; a hundred thousand characters take less
+_MAX_PICKLE_BYTES = 1 << 22  # a hundred thousand characters take less
 _CHUNK_TOKENS = 1 << 22
-# What a dict of numbers and texts is pickled to: nothing that looks anything up, or calls it.
-_HARMLESS = """
+# The opcodes of dicts of numbers and strings: none of them looks up or calls anything.
+_PLAIN_OPCODES = """
 PROTO FRAME STOP MARK EMPTY_DICT SETITEM SETITEMS BININT BININT1 BININT2 SHORT_BINUNICODE BINUNICODE
 MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET
-"""
+""".split()
 
 
 def read_tokenizer(path: Path) -> tokenizers.CharTokenizer:
     """The characters of a meta.pkl; raises InputError when it holds anything but plain values."""
     try:
         with path.open("rb") as file:
-            data = file.read(_LONGEST_PICKLE + 1)
+            data = file.read(_MAX_PICKLE_BYTES + 1)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     try:
-        meta = _harmless(data)
+        meta = _unpickle_plain(data)
         chars = [meta["itos"][i] for i in range(len(meta["itos"]))]
         if not all(type(char) is str and len(char) == 1 for char in chars):
             raise ValueError("its tokens are not single characters")
@@ -43,13 +39,16 @@ def read_tokenizer(path: Path) -> tokenizers.CharTokenizer:
         raise InputError(f"{path} is not nanoGPT's meta.pkl of characters ({error})") from None
 
 
-def _harmless(data: bytes):
-    """Unpickle numbers and texts in dicts; raises ValueError for anything else, running nothing."""
-    if len(data) > _LONGEST_PICKLE:
+def _unpickle_plain(data: bytes):
+    """Unpickle dicts of numbers and strings; raises ValueError for anything else, running nothing.
+
+    A LONG_BINPUT far beyond the data would make the unpickler allocate all slots before it.
+    """
+    if len(data) > _MAX_PICKLE_BYTES:
         raise ValueError("too long")
     for opcode, argument, _ in pickletools.genops(data):
-        is_far = opcode.name == "LONG_BINPUT" and argument > len(data)  # memory for what is between
-        if opcode.name not in _HARMLESS.split() or is_far:
+        is_too_far = opcode.name == "LONG_BINPUT" and argument > len(data)
+        if opcode.name not in _PLAIN_OPCODES or is_too_far:
             raise ValueError(f"{opcode.name} is refused, nothing in it was run")
     return pickle.loads(data)
 
@@ -72,26 +71,3 @@ def read_bins(folder: Path, vocab_size: int) -> tuple[Iterator[tuple], str]:
         for start in range(0, len(ids), _CHUNK_TOKENS)
     )
     return chunks, digest.hexdigest()
-
-
-def load_checkpoint(path: Path) -> Pretrained:
-    """Raises InputError when it is not one that nanoGPT's train.py saved."""
-    from model import GPTConfig
-    from quill.interop.pretrained import Pretrained
-    from quill.training import checkpoint
-
-    contents = checkpoint.read_archive(path, ("model", "optimizer", "best_val_loss"))
-    try:
-        names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
-        config = GPTConfig(**{name: contents["model_args"][name] for name in names})
-        weights = {
-            name.removeprefix("_orig_mod."): p.float()  # torch.compile's prefix
-            for name, p in contents["model"].items()
-            if not name.endswith(".attn.bias")  # a mask, in attention without a fused kernel
-        }
-        checkpoint.check_weights(config, weights)
-    except checkpoint.MISFITS as error:
-        raise InputError(
-            f"{path} is neither a checkpoint of Quill nor one of nanoGPT ({error!r})"
-        ) from None
-    return Pretrained(config, weights, tokenizer=None)

@@ -1,4 +1,4 @@
-"""Weights to start from or to sample: GPT-2's own, Hugging Face's, nanoGPT's, another run's."""
+"""Any weights to start from or to sample: another run's, nanoGPT's, Hugging Face's, a release's."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
-from model import GPT, Bigram, GPTConfig, build
-from quill.data import tokenizers
+from model import GPTConfig
 from quill.data.download import download
+from quill.data.problems import reverses_answers
+from quill.data.tokenizers import BPETokenizer, Tokenizer, from_json
 from quill.errors import InputError
 from quill.files import sha256_of_file
-from quill.training import checkpoint
+from quill.interop import huggingface
+from quill.training import checkpoint, models
+from quill.training.models import BigramConfig
+from quill.training.safe_load import read_archive
 
 
 class Release(NamedTuple):
@@ -51,63 +56,66 @@ URL = "https://huggingface.co/openai-community/{name}/resolve/{revision}/model.s
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    config: GPTConfig
-    weights: dict[str, torch.Tensor]  # the state_dict of a GPT(config), in float32
-    tokenizer: tokenizers.Tokenizer | None  # where it came with one
+    config: GPTConfig | BigramConfig
+    weights: dict[str, torch.Tensor]  # the state_dict of a model of this config, in float32
+    tokenizer: Tokenizer | None  # None where the source has none
+    reverses_answers: bool = False  # see quill.data.problems
 
-    def build(self) -> GPT | Bigram:
-        model = build(self.config)
+    def build(self) -> nn.Module:
+        model = models.build(self.config)
         model.load_state_dict(self.weights)
         return model
 
     def options(self) -> dict:
-        """The train.py options that such a model has."""
-        options = dataclasses.asdict(self.config)
-        del options["dropout"]  # a run's choice
+        """The train.py options that give such a model."""
+        options = models.config_to_dict(self.config)
+        options.pop("dropout", None)  # a choice of each run
         return options | {"vocab_multiple": options.pop("vocab_size")}
 
-    def fitted(self, config: GPTConfig) -> dict[str, torch.Tensor]:
+    def fitted(self, config: GPTConfig | BigramConfig) -> dict[str, torch.Tensor]:
         """The weights for a model of `config`: its context may be shorter, its vocabulary padded.
 
         Raises InputError naming every other difference.
         """
-        own, wanted = dataclasses.asdict(self.config), dataclasses.asdict(config)
+        own, wanted = models.config_to_dict(self.config), models.config_to_dict(config)
+        is_gpt = isinstance(config, GPTConfig)
         free = {"dropout", "init_std", "residual_init", "block_size"}
-        free |= {"vocab_size"} if config.model == "gpt" else set()  # a bigram's table is not padded
+        free |= {"vocab_size"} if is_gpt else set()  # a bigram's table is not padded
+        if own["model"] != wanted["model"]:
+            free |= wanted.keys() - {"model"}
         different = checkpoint.differences(own, wanted, free)
-        if config.position == "learned" and config.block_size > self.config.block_size:
+        if "transformer.wpe.weight" in self.weights and config.block_size > self.config.block_size:
             different.append(f"block_size is at most {self.config.block_size} there")
         if config.vocab_size < self.config.vocab_size:
             different.append(f"its vocabulary has {self.config.vocab_size:,} tokens")
         if different:
             raise InputError(f"init_from: {', '.join(different)}; leave these options out")
-        weights = dict(self.weights)
-        if config.model == "bigram":
-            return weights
-        if config.position == "learned":
-            wpe = weights["transformer.wpe.weight"]
-            weights["transformer.wpe.weight"] = wpe[: config.block_size]
-        for name in ("transformer.wte.weight", "lm_head.weight"):
-            # A mean row scores like a mean token, which is next to nothing beside the likely ones.
-            if n_more := config.vocab_size - len(weights[name]):
-                rows = weights[name].mean(dim=0, keepdim=True).expand(n_more, -1)
-                weights[name] = torch.cat((weights[name], rows))
-        return weights
+        return resized(self.weights, config) if is_gpt else dict(self.weights)
+
+
+def resized(weights: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
+    """A GPT's weights with the first positions that `config` has, and rows for padding tokens."""
+    weights = dict(weights)
+    if config.position == "learned":
+        wpe = weights["transformer.wpe.weight"]
+        weights["transformer.wpe.weight"] = wpe[: config.block_size]
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        # A mean row gives a token the mean score, which is tiny beside those of the likely tokens.
+        if n_more := config.vocab_size - len(weights[name]):
+            rows = weights[name].mean(dim=0, keepdim=True).expand(n_more, -1)
+            weights[name] = torch.cat((weights[name], rows))
+    return weights
 
 
 def load(source: str) -> Pretrained:
-    """source: a name of `RELEASES`, a run's folder or checkpoint, one of nanoGPT, or a folder or
-    .safetensors file of Hugging Face's GPT-2. Raises InputError when it is none of these.
+    """source: a name in `RELEASES`, the folder or checkpoint of a run of Quill or nanoGPT, or a
+    folder or .safetensors file of Hugging Face's GPT-2. Raises InputError when it is none of these.
     """
-    from quill.interop import (
-        huggingface,
-        nanogpt,  # both know `Pretrained`
-    )
-
     if source in RELEASES:
-        huggingface.import_safetensors()  # before it is waited for
-        tokenizer = tokenizers.BPETokenizer.gpt2()
-        return dataclasses.replace(huggingface.load(_released(source)), tokenizer=tokenizer)
+        huggingface.import_safetensors()  # fails before the download, not after it
+        tokenizer = BPETokenizer.gpt2()
+        config, weights, _ = huggingface.load(_released(source))
+        return Pretrained(config, weights, tokenizer)
     path = Path(source)
     if not path.exists():
         raise InputError(
@@ -115,41 +123,59 @@ def load(source: str) -> Pretrained:
             f"{', '.join(RELEASES)}"
         )
     if path.suffix == ".safetensors" or any(path.glob("*.safetensors")):
-        return huggingface.load(path)
+        return Pretrained(*huggingface.load(path))
     if path.is_dir():
-        path = checkpoint.find(path)
+        path = checkpoint.find_checkpoint(path)
         if not path.exists():
             raise InputError(f"{source} holds neither {path.name} nor a .safetensors file")
-    if not checkpoint.is_sealed(path):
-        return nanogpt.load_checkpoint(path)
-    return from_run(path)
+    return from_run(path) if checkpoint.has_checksum(path) else from_nanogpt(path)
 
 
 def from_folder(out_dir: Path) -> Pretrained:
-    """A run's best weights, or else its latest."""
-    return from_run(checkpoint.find(out_dir))
+    """A run's best weights, or its latest where there are none."""
+    return from_run(checkpoint.find_checkpoint(out_dir))
 
 
 def from_run(path: Path) -> Pretrained:
-    """What a checkpoint of Quill holds; raises InputError when it is missing or not usable."""
-    contents = checkpoint.load(path)
+    """A checkpoint of Quill; raises InputError when it is missing or not usable."""
+    contents = checkpoint.load_checkpoint(path)
     try:
-        config = GPTConfig(**contents["model_config"])
-        checkpoint.check_weights(config, contents["model"])
+        config = models.config_from_dict(contents["model_config"])
+        models.check_weights(config, contents["model"])
     except checkpoint.MISFITS as error:
         raise InputError(f"{path}: its weights and its model config disagree: {error}") from None
-    tokenizer = tokenizers.from_json(contents["tokenizer"], str(path))
-    return Pretrained(config, contents["model"], tokenizer)
+    spec = contents["tokenizer"]
+    tokenizer = from_json(spec, str(path))
+    return Pretrained(config, contents["model"], tokenizer, reverses_answers(spec))
+
+
+def from_nanogpt(path: Path) -> Pretrained:
+    """A checkpoint of nanoGPT's train.py; raises InputError when it is not one."""
+    contents = read_archive(path, ("model", "optimizer", "best_val_loss"))
+    try:
+        names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
+        config = GPTConfig(**{name: contents["model_args"][name] for name in names})
+        weights = {
+            name.removeprefix("_orig_mod."): p.float()  # torch.compile's prefix
+            for name, p in contents["model"].items()
+            if not name.endswith(".attn.bias")  # a mask, in attention without a fused kernel
+        }
+        models.check_weights(config, weights)
+    except checkpoint.MISFITS as error:
+        raise InputError(
+            f"{path} is neither a checkpoint of Quill nor one of nanoGPT ({error!r})"
+        ) from None
+    return Pretrained(config, weights, tokenizer=None)
 
 
 def _released(name: str) -> Path:
-    """The downloaded file, in a folder of its own: what lies beside it would be read, too."""
+    """The downloaded file, in a folder of its own: files beside it would be read as well."""
     release, path = RELEASES[name], Path("data", "openai-community", name, "model.safetensors")
     if path.exists():
         if sha256_of_file(path) == release.sha256:
             return path
         raise InputError(f"{path} is not the {name} that was released: remove it")
     url = URL.format(name=name, revision=release.revision)
-    advice = f"run the same command again, which goes on from there, or put the file at {path}"
+    advice = f"run the same command again to continue the download, or put the file at {path}"
     download((url,), path, release.n_bytes, release.sha256, advice)
     return path

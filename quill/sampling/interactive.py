@@ -1,4 +1,4 @@
-"""The loop of `sample.py --interactive`: a line in, a text out. It knows the terminal, no model."""
+"""The prompt loop of `sample.py --interactive`: a line in, a text out."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ WELCOME = (
 OPTIONS = ("temperature", "top_k", "top_p", "max_new_tokens", "seed")
 
 
-class Chat:
-    """What has been set, and how many prompts there were since the seed.
+class PromptLoop:
+    """The options as they are set now, and how many prompts there were since the seed was set.
 
-    write(prompt, config, number) yields a text piece by piece; a text's random numbers are drawn
-    from (config.seed, number).
+    write(prompt, options, number) yields a text piece by piece; a text's random numbers are drawn
+    from (options.seed, number).
     """
 
-    def __init__(self, write: Callable[..., Iterator[str]], config):
-        self.write, self.config, self.n_prompts = write, config, 0
+    def __init__(self, write: Callable[..., Iterator[str]], options):
+        self.write, self.options, self.n_prompts = write, options, 0
 
     def answer(self, line: str) -> None:
-        """Show the text that begins with the line, or do what `/command value` says.
+        """Print the text that begins with the line, or carry out `/command value`.
 
         Raises InputError for a wrong command or value, or a prompt that the model cannot read.
         """
         if line.startswith("/"):
             name, _, value = line[1:].strip().partition(" ")
-            self.obey(name, value.strip())
+            self.set_option(name, value.strip())
         elif line:
             self.n_prompts += 1
-            for text in self.write(line, self.config, self.n_prompts - 1):
+            for text in self.write(line, self.options, self.n_prompts - 1):
                 print(text, end="", flush=True)
             print()
 
-    def obey(self, name: str, value: str) -> None:
+    def set_option(self, name: str, value: str) -> None:
         if name == "help":
             print(self.help_text())
         elif name in OPTIONS:
-            flag = f"--{name}={value}"
-            self.config = settings.load(type(self.config), [flag], usage="", base=vars(self.config))
+            flags, base = [f"--{name}={value}"], vars(self.options)
+            self.options = settings.load(type(self.options), flags, usage="", base=base)
             if name == "seed":
                 self.n_prompts = 0
         else:
@@ -54,29 +54,29 @@ class Chat:
 
     def help_text(self) -> str:
         lines = {
-            f"/{field.name} {getattr(self.config, field.name)}": field.metadata["help"]
-            for field in dataclasses.fields(self.config)
+            f"/{field.name} {getattr(self.options, field.name)}": field.metadata["help"]
+            for field in dataclasses.fields(self.options)
             if field.name in OPTIONS
         }
-        lines |= {"/help": "these lines, with the values set now", "/quit": "end, as does Ctrl-D"}
+        lines |= {"/help": "these lines, with the present values", "/quit": "end, as does Ctrl-D"}
         return "\n".join(f"{command:<24} {help}" for command, help in lines.items())
 
 
-def run(write: Callable[..., Iterator[str]], config) -> None:
-    """Until /quit or the end of the input. At a terminal Ctrl-C ends a line or a text, not this."""
+def run(write: Callable[..., Iterator[str]], options) -> None:
+    """Until /quit or the end of input. At a terminal Ctrl-C only ends the line or the text."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
-        with contextlib.suppress(ImportError):  # not there on Windows
-            import readline  # noqa: F401  by being imported it gives input() editing and history
+        with contextlib.suppress(ImportError):  # not available on Windows
+            import readline  # noqa: F401  importing it gives input() editing and history
         print(WELCOME)
     sys.stdin.reconfigure(errors="replace")
-    chat = Chat(write, config)
+    loop = PromptLoop(write, options)
     while True:
         try:
             line = read_line(is_terminal)
             if line.strip() == "/quit":
                 return
-            chat.answer(line)
+            loop.answer(line)
         except (InputError, RunError) as error:
             print_error(str(error))
         except KeyboardInterrupt:

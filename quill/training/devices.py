@@ -1,4 +1,4 @@
-"""The machine: device, number format, random seeds, peak arithmetic rate."""
+"""Device, dtype, random seeds, memory, and peak arithmetic rate of the machine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 
 from quill.errors import InputError, RunError
 
-# Dense bf16/fp16 matrix rate in FLOP/s by a word of the device's name, from the vendor's data
-# sheets; the first that matches counts. Any other device has no MFU rather than a wrong one.
+# Dense bf16/fp16 matrix rate in FLOP/s by words of the device's name, from the vendor's data
+# sheets; the first match counts. For any other device no MFU is reported.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200 NVL": 835e12,
@@ -56,7 +56,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The format that matrix products run in; weights and optimizer state stay float32."""
+    """The dtype of matrix products; weights and optimizer state stay float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
@@ -68,7 +68,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    """Whether it has instructions for that; an older PyTorch cannot tell, a Mac's has no use."""
+    """Whether it has instructions for bfloat16 products; an older PyTorch cannot tell."""
     if sys.platform == "darwin":
         return False
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
@@ -76,16 +76,16 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 
 def pick_compile(setting: bool | str, device: torch.device) -> bool:
-    """`auto` is torch.compile on CUDA, where it pays, if its code generator is installed."""
+    """`auto` is torch.compile on CUDA, if Triton, which it generates code for, is installed."""
     if setting == "auto":
         return device.type == "cuda" and importlib.util.find_spec("triton") is not None
     return bool(setting)
 
 
-def set_up(device: torch.device, deterministic: bool) -> None:
-    """Process-wide choices: TF32 for what stays float32 on CUDA, and the current device.
+def set_up_device(device: torch.device, deterministic: bool) -> None:
+    """Process-wide settings: the current CUDA device, TF32 for float32 products there.
 
-    deterministic: only kernels that give the same bits each time; on a CPU all in use do.
+    deterministic: only kernels that give the same bits each time; those used on a CPU all do.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -117,29 +117,6 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def compiled_decoding(model: torch.nn.Module):
-    """The model for `generate`'s read_one: on CUDA, each token is the replay of a graph."""
-    return torch.compile(model, mode="reduce-overhead", dynamic=False)
-
-
-@contextlib.contextmanager
-def fast_decoding(model: torch.nn.Module):
-    """In the block, a CPU reads one token alone with PyTorch's own matrix-vector kernel.
-
-    oneDNN rearranges bfloat16 weights for each product, which takes longer than such a product.
-    """
-
-    def choose_kernel(module, args):
-        torch.backends.mkldnn.enabled = args[0].numel() > 1
-
-    hook = model.register_forward_pre_hook(choose_kernel)
-    try:
-        yield
-    finally:
-        hook.remove()
-        torch.backends.mkldnn.enabled = True
-
-
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
     """Seed dropout from these alone, so that a resumed run needs no saved random state."""
     mixed = np.random.SeedSequence([seed, step, rank]).generate_state(1)
@@ -157,8 +134,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     return next(matches, None)
 
 
-def wait_for(device: torch.device) -> None:
-    """Until the device has done what it was told; a CPU does it at once."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its queued work; a CPU has no queue."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
@@ -182,7 +159,7 @@ def describe(device: torch.device) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Not every allocator has an exception type of its own."""
+    """Not every allocator raises an exception type of its own."""
     says_so = re.search("allocate memory|out of memory|ALLOC_FAILED", str(error))
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(says_so)
 
@@ -196,8 +173,3 @@ def out_of_memory_advice(advice: str):
         if not is_out_of_memory(error):
             raise
         raise RunError(f"out of memory: {advice}") from None
-
-
-def refuse_several_processes() -> None:
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError("this measures one process: run it without torchrun")

@@ -1,115 +1,132 @@
 """Several processes that train one model: what they exchange, and how they stop together.
 
-torchrun starts them and tells each, in environment variables, who it is. In a process that is alone
-every function here does nothing. The processes trust each other: they are one program.
+torchrun starts them and tells each its rank in environment variables. In a process that runs alone
+every function here does nothing. The processes of a run trust each other.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import re
 import time
 import uuid
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from quill.errors import InputError, RunError, expected_failure, print_error
 
-if TYPE_CHECKING:
-    from model import GPT
-
-MEETING_SECONDS = 600  # for the processes to find each other
+START_TIMEOUT_SECONDS = 600
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", "0")) if size() > 1 else 0
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
-def size() -> int:
+def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and prints."""
+    """Whether this is the process that writes and prints: rank 0."""
     return rank() == 0
 
 
-def is_first_here() -> bool:
-    """Whether this is the machine's first process, which checks the machine's files."""
-    return size() == 1 or os.environ["LOCAL_RANK"] == "0"
+def is_local_main() -> bool:
+    """Whether this is the first process on its machine, which verifies the machine's files."""
+    return world_size() == 1 or os.environ["LOCAL_RANK"] == "0"
 
 
-_store = None  # where the processes find each other, and note failures
+# ---- start, stop -------------------------------------------------------------------------------
+
+_store = None  # torchrun's key-value store: processes find each other and count failures there
 
 
 @contextlib.contextmanager
-def together():
+def session():
     """In the block, when one process fails all stop, with one message and its exit code."""
     global _store
+    if world_size() == 1:
+        yield
+        return
     try:
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        if not all(os.environ.get(name, "").isdecimal() for name in names):
-            raise InputError(f"{', '.join(names)} are not all numbers: start it with torchrun")
-        try:
-            agents_store, _, _ = next(dist.rendezvous("env://"))
-        except ValueError as error:
-            raise InputError(f"{error}; start it with torchrun") from None
-        _store = _own_part_of(agents_store)
+        _store = _connect_store()
         yield
         if dist.is_initialized():
-            dist.barrier()  # torchrun ends the others once one has ended in failure: save first
-            gc.collect()  # what still holds the group, whose threads must not outlive Python
+            dist.barrier()  # torchrun ends the others once one has failed: let all finish first
+            gc.collect()  # nothing may hold the group, whose threads must not outlive Python
             dist.destroy_process_group()
     except (Exception, KeyboardInterrupt) as error:
-        error = _lost_connection(error) or error
-        failure = expected_failure(error)
+        failure = expected_failure(_lost_connection(error) or error)
         if failure is None:
             raise
         message, code = failure
-        if _is_first_to_fail():
-            print_error(f"process {rank()} of {size()}: {message}")
+        if _is_first_failure():
+            print_error(f"process {rank()} of {world_size()}: {message}")
         raise SystemExit(code) from None
 
 
-def _own_part_of(store) -> dist.Store:
-    """A part of torchrun's store that no processes before these have written to.
+def _connect_store() -> dist.Store:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    if not all(os.environ.get(name, "").isdecimal() for name in names):
+        raise InputError(f"{', '.join(names)} are not all numbers: start it with torchrun")
+    try:
+        store, _, _ = next(dist.rendezvous("env://"))
+    except ValueError as error:
+        raise InputError(f"{error}; start it with torchrun") from None
+    return _private_store(store)
 
-    The store outlives the processes that torchrun restarts, and so do the addresses in it, which
-    the next ones would take for each other's: github.com/pytorch/pytorch/issues/135712. So the
-    others tell the main process a word of their own, and it answers each with a word for all.
+
+def _private_store(store: dist.Store) -> dist.Store:
+    """A part of torchrun's store that earlier processes have not written to.
+
+    init_process_group alone would not do: torchrun's store outlives the processes that it restarts,
+    with their addresses (github.com/pytorch/pytorch/issues/135712), and its restart count differs
+    between machines. So rank 0 answers the others with a fresh key, each by a word of its own.
     """
     own_word = uuid.uuid4().hex
     if not is_main():
         store.set(f"process {rank()}", own_word)
-        word_for_all = store.get(f"answer to {own_word}").decode()  # waits
-        store.set(f"{word_for_all} has {rank()}", "")
-        return dist.PrefixStore(word_for_all, store)
-    deadline = time.monotonic() + MEETING_SECONDS
-    for other in range(1, size()):
+        key = store.get(f"answer to {own_word}").decode()  # waits
+        store.set(f"{key} has {rank()}", "")
+        return dist.PrefixStore(key, store)
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
+    for other in range(1, world_size()):
         while not store.check([f"{own_word} has {other}"]):
             if time.monotonic() > deadline:
-                raise RunError(f"process {other} of {size()} did not start in time")
+                raise RunError(f"process {other} of {world_size()} did not start in time")
             if store.check([f"process {other}"]):
                 store.set(f"answer to {store.get(f'process {other}').decode()}", own_word)
             time.sleep(0.01)
     return dist.PrefixStore(own_word, store)
 
 
-def connect(device: torch.device, backend: str) -> None:
+@contextlib.contextmanager
+def main_first():
+    """Let rank 0 run the block before the others do: it downloads, or repairs, what all read."""
+    if not is_main():
+        _store.get("main is done")  # waits
+    yield
+    if world_size() > 1 and is_main():
+        _store.set("main is done", "")
+
+
+def init_process_group(device: torch.device, backend: str) -> None:
     """From here on tensors can be exchanged: those on a GPU through `backend`, others by gloo."""
-    if size() > 1:
+    if world_size() > 1:
         backends = f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backends, store=_store, rank=rank(), world_size=size())
+        dist.init_process_group(backends, store=_store, rank=rank(), world_size=world_size())
 
 
 def _lost_connection(error: BaseException) -> RunError | None:
-    """What an error of PyTorch's exchange means to the user; None for any other."""
+    """What an error of torch.distributed means to the user; None for any other error."""
     text = " ".join(str(error).split())[:300]
     if not isinstance(error, RuntimeError):
         return None
@@ -118,126 +135,135 @@ def _lost_connection(error: BaseException) -> RunError | None:
     if re.search("closed by peer|reset by peer|broken pipe|remote process", text, re.IGNORECASE):
         return RunError(
             "another process of this run ended unexpectedly; the same command with "
-            "--init_from=auto goes on from the last checkpoint"
+            "--init_from=auto continues from the last checkpoint"
         )
     return RunError(f"the processes cannot exchange data: {text}")
 
 
-def _is_first_to_fail() -> bool:
+def _is_first_failure() -> bool:
     try:
         return _store.add("failures", 1) == 1
-    except (RuntimeError, AttributeError):  # the store is gone, or not yet found
+    except (RuntimeError, AttributeError):  # the store is gone, or was not found yet
         return True
 
 
-def total(tensor):
-    """The sum over the processes, in place of each one's part."""
-    if size() > 1:
+def refuse_several_processes() -> None:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("this measures one process: run it without torchrun")
+
+
+# ---- exchange ----------------------------------------------------------------------------------
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def all_reduce(tensor):
+    """The sum over the processes, in place."""
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def largest(number: int) -> int:
-    """Over the processes; waits for them, not for their devices."""
-    if size() == 1:
+def all_reduce_max(number: int) -> int:
+    """The largest over the processes; waits for them, not for their devices."""
+    if world_size() == 1:
         return number
     tensor = torch.tensor(number)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor)
 
 
-def tell(value: dict) -> dict:
-    """The main process's value, of plain types; before `connect`."""
-    if size() == 1:
+def broadcast_object(value):
+    """Rank 0's value, of plain types."""
+    if world_size() == 1:
         return value
-    if is_main():
-        _store.set("told", json.dumps(value))
-    return json.loads(_store.get("told"))
+    values = [value]
+    dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
 
 
-def share(value):
-    """The main process's value; on the others its tensors have a shape and no contents."""
-    if size() == 1:
-        return value
-    hollow = [_without_contents(value) if is_main() else None]
-    dist.broadcast_object_list(hollow, device=torch.device("cpu"))
-    return value if is_main() else hollow[0]
+def full_tensor(tensor):
+    """All of a tensor that may be sharded; every process must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _without_contents(value):
-    if isinstance(value, dict):
-        return {name: _without_contents(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_without_contents(part) for part in value]
-    return value.to("meta") if torch.is_tensor(value) else value
+def to_local(tensor):
+    """The shard of this process, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def spread(tensor, like):
-    """The main process's CPU tensor, on every process: all of it, or its part where `like` has one.
-
-    -> on like's device, in the tensor's own dtype.
-    """
-    if size() == 1:
-        return tensor.to(like.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    if not is_main():
-        tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
+def shard_like(tensor, like):
+    """A full tensor, on like's device and sharded as it is; every process has the full one."""
     tensor = tensor.to(like.device)
-    if _is_sharded(like) and tensor.shape == like.shape:
-        return distribute_tensor(tensor, like.device_mesh, like.placements)
-    dist.broadcast(tensor, src=0)
-    return tensor
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def whole(tensor):
-    """All of a tensor of which each process may have a part; every process must ask."""
-    return tensor.full_tensor() if _is_sharded(tensor) else tensor
+# ---- models ------------------------------------------------------------------------------------
 
 
-def own_part(tensor):
-    """What of a tensor lies in this process."""
-    return tensor.to_local() if _is_sharded(tensor) else tensor
+def wrap(
+    model: torch.nn.Module, device: torch.device, parallel: str, compile_mode: str | None
+) -> torch.nn.Module:
+    """-> what to call in training: the model on its device, compiled, on several processes.
+
+    parallel: ddp or fsdp. compile_mode: of torch.compile, None to leave it out.
+    """
+    if world_size() > 1 and parallel == "fsdp":
+        wrap_fsdp(model, device, compile_mode)
+        return model
+    forward = model.to(device)
+    if compile_mode is not None:
+        forward = torch.compile(forward, mode=compile_mode)
+    return wrap_ddp(forward, device) if world_size() > 1 else forward
 
 
-def _is_sharded(tensor) -> bool:
-    if size() == 1:
-        return False
-    from torch.distributed.tensor import DTensor  # takes a third of a second
-
-    return isinstance(tensor, DTensor)
-
-
-def replicate(forward: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+def wrap_ddp(forward: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """DDP, Li et al. 2020: every process has all of the model, gradients are averaged."""
-    if size() == 1:
-        return forward
     devices = [device] if device.type == "cuda" else None
     forward = DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)
-    forward.broadcast_buffers = False  # a table of positions, the same everywhere
+    forward.broadcast_buffers = False  # the table of rotary positions is the same everywhere
     return forward
 
 
-def shard(model: GPT, device: torch.device, compile_mode: str | None) -> None:
-    """FSDP, Zhao et al. 2023: each process keeps its part of every tensor, in place.
+def wrap_fsdp(model: torch.nn.Module, device: torch.device, compile_mode: str | None) -> None:
+    """FSDP, Zhao et al. 2023: each process keeps a shard of every tensor; in place.
 
-    A block is put together while it computes; compile_mode: how to compile it, None for not.
+    A block is gathered while it computes. compile_mode: of torch.compile, None to leave it out.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device.type, (size(),))
+    mesh = init_device_mesh(device.type, (world_size(),))
     for block in model.transformer.h:
         if compile_mode is not None:
             block.compile(mode=compile_mode)
         fully_shard(block, mesh=mesh)
-    # Not to be kept whole after a forward pass: weights are exchanged for their average between.
+    # Not kept gathered after a forward pass: an evaluation swaps the weights for their average.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
-def average_gradients(forward: torch.nn.Module, now: bool) -> None:
-    """Whether the next backward pass exchanges gradients: only a step's last one need do it."""
+def sync_gradients(forward: torch.nn.Module, is_last: bool) -> None:
+    """Exchange gradients in the next backward pass only if it is the last one of a step."""
     if isinstance(forward, DistributedDataParallel):
-        forward.require_backward_grad_sync = now
-    elif size() > 1:
-        forward.set_requires_gradient_sync(now)
+        forward.require_backward_grad_sync = is_last
+    elif world_size() > 1:
+        forward.set_requires_gradient_sync(is_last)
+
+
+def settle_ddp(forward: torch.nn.Module, loss: Callable) -> None:
+    """Make a backward pass of `loss()`, after which DDP keeps the layout of its gradients.
+
+    The layout decides in which order they are summed over three or more processes: without this
+    the first step after a resume would differ from the uninterrupted run in its last bits.
+    """
+    loss().backward()
+    forward.zero_grad()
+
+
+def shard_batch(offsets):
+    """This process's part of a step's (micro_steps, batch_size) windows: every n-th micro-step, or
+    where these do not divide evenly, every n-th row."""
+    n = world_size()
+    return offsets[rank() :: n] if len(offsets) % n == 0 else offsets[:, rank() :: n]

@@ -1,4 +1,4 @@
-"""What a run tells: lines on the screen, metrics.jsonl, and the dashboards that were asked for."""
+"""What a run reports: lines on the screen, metrics.jsonl, and the dashboards asked for."""
 
 from __future__ import annotations
 
@@ -6,52 +6,71 @@ import importlib
 import json
 import math
 import os
+import shlex
+import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from quill.errors import InputError
 from quill.files import atomic_write
-
-if TYPE_CHECKING:
-    from quill.training.snapshot import Progress
+from quill.training import devices, distributed
+from quill.training.checkpoint import Progress
 
 SLOW_RUN_SECONDS = 3600
 
+# How an evaluation's metrics are shown where four digits after their name would not do.
+FORMATS = {"val_exact": "{:.2%} of the answers right"}
 
-class Silence:
-    """The report of a process that has nothing to tell: another one does."""
+
+class NullLogger:
+    """For the processes that report nothing: rank 0 does."""
+
+    def say(self, text: str) -> None: ...
 
     def evaluation(self, record: dict, is_best: bool) -> None: ...
 
-    def step(self, record: dict, shows_pace: bool, is_slow_device: bool) -> None: ...
+    def step(self, record: dict) -> None: ...
 
-    def skipped(self, step: int, n_skipped: int, most: int) -> None: ...
+    def skipped(self, step: int, n_skipped: int, n_allowed: int) -> None: ...
 
     def close(self) -> None: ...
 
 
-class Report:
-    """Appends one JSON object a line to metrics.jsonl and says the same on the screen.
+class Logger:
+    """Appends one JSON object a line to metrics.jsonl and prints the same.
 
-    A resumed run keeps the lines up to its checkpoint's step; a fresh one starts a new file.
+    config: all options of the run. resumed: where a resumed run starts; it keeps the lines up to
+    there, while a new run starts a new file. compiles: the first lap of the timer includes a
+    compilation. warns_if_slow: say so if the run will take hours.
     """
 
-    def __init__(self, out_dir: Path, config: dict, resumed: Progress | None):
+    def __init__(
+        self,
+        out_dir: Path,
+        config: dict,
+        resumed: Progress | None,
+        compiles: bool = False,
+        warns_if_slow: bool = False,
+    ):
         self.max_iters = config["max_iters"]
         self.path = out_dir / "metrics.jsonl"
         self.resumed = resumed
+        self.n_laps, self.compiles, self.warns_if_slow = 0, compiles, warns_if_slow
         self.file = None
         self.dashboards = _open_dashboards(out_dir, config, resumed)
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
 
     def evaluation(self, record: dict, is_best: bool) -> None:
         self._write(record)
         print(evaluation_text(record, ", best so far" if is_best else ""), flush=True)
 
-    def step(self, record: dict, shows_pace: bool, is_slow_device: bool) -> None:
-        """A log line; `shows_pace` is false while the time of a step is still a compiler's."""
+    def step(self, record: dict) -> None:
+        """A log line; the first lap, if it includes a compilation, predicts no time to go."""
         self._write(record)
+        self.n_laps += 1
         to_go = record["ms_per_step"] / 1000 * (self.max_iters - record["step"])
         loss = math.nan if record["loss"] is None else record["loss"]
         line = (
@@ -59,19 +78,19 @@ class Report:
             f"{record['ms_per_step']:.1f} ms/step, {record['tokens_per_s']:,.0f} tokens/s"
         )
         line += f", mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
-        line += f", {_clock(to_go)} to go" if shows_pace else ""
+        line += f", {_clock(to_go)} to go" if self.n_laps > self.compiles else ""
         print(line, flush=True)
-        if is_slow_device and to_go > SLOW_RUN_SECONDS:
+        if self.warns_if_slow and self.n_laps == 1 + self.compiles and to_go > SLOW_RUN_SECONDS:
             print(
                 f"this will take about {to_go / 3600:.0f} h on this machine; "
                 "config/shakespeare_char_cpu.py is a model for one without a GPU",
                 flush=True,
             )
 
-    def skipped(self, step: int, n_skipped: int, most: int) -> None:
+    def skipped(self, step: int, n_skipped: int, n_allowed: int) -> None:
         """An update that was not made, because its loss or gradient was not finite."""
         self._write({"step": step, "skipped": n_skipped})
-        print(f"step {step}: not finite, update skipped ({n_skipped} of {most})", flush=True)
+        print(f"step {step}: not finite, update skipped ({n_skipped} of {n_allowed})", flush=True)
 
     def close(self) -> None:
         if self.file is not None:
@@ -80,12 +99,12 @@ class Report:
             dashboard.close()
 
     def sync(self) -> None:
-        """Make sure that no checkpoint is newer on the disk than the lines that led to it."""
+        """Flush to the disk, so that no checkpoint there is newer than the lines before it."""
         self._open()
         os.fsync(self.file.fileno())
 
     def _open(self) -> None:
-        """Only now: a run that fails before it has anything to say leaves an older file whole."""
+        """Only at the first line: a run that fails before leaves an older file as it was."""
         if self.file is None:
             kept = [] if self.resumed is None else _lines_up_to(self.path, self.resumed)
             with atomic_write(self.path) as (file,):
@@ -101,41 +120,88 @@ class Report:
             error.filename = str(self.path)
             raise
         # TensorBoard shows one value of a name at a step, and a log line of the same step has the
-        # rate of the update before.
+        # learning rate of the update before.
         names = {"lr": "next_lr"} if "val_loss" in record else {}
         known = {names.get(k, k): value for k, value in record.items() if value is not None}
         for dashboard in self.dashboards:
             dashboard.send(known)
 
 
-class Pace:
-    """Seconds a step takes, measured from one log line to the next."""
+class StepTimer:
+    """The pace of training, measured from one log line to the next."""
 
-    def __init__(self):
-        self.laps = 0
-        self.restart(0)
+    def __init__(self, tokens_per_step: int, flops_per_token: float, peak_flops: float | None):
+        """peak_flops: of one device in FLOP/s, None where it is not known."""
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+
+    def start(self, progress: Progress) -> None:
+        self.started = time.perf_counter() - progress.seconds
+        self.restart(progress.step)
+
+    def seconds(self) -> float:
+        """Of training so far, before a resume included."""
+        return time.perf_counter() - self.started
 
     def restart(self, step: int) -> None:
-        """Leave out the time since the last lap: an evaluation, say."""
+        """Leave out the time since the last lap, which an evaluation took, say."""
         self.step, self.time = step, time.perf_counter()
 
-    def lap(self, step: int) -> float:
+    def lap(self, step: int) -> dict:
         seconds = (time.perf_counter() - self.time) / (step - self.step)
-        self.laps += 1
         self.restart(step)
-        return seconds
+        tokens_per_s = self.tokens_per_step / seconds
+        mfu = tokens_per_s * self.flops_per_token / self.peak_flops if self.peak_flops else None
+        return {"ms_per_step": 1000 * seconds, "tokens_per_s": tokens_per_s, "mfu": mfu}
 
 
-def loss_line(record: dict) -> str:
-    losses = f"train loss {record['train_loss']:.4f}, val loss {record['val_loss']:.4f}"
-    exact = f", {record['val_exact']:.2%} of the answers right" if "val_exact" in record else ""
-    return f"step {record['step']}: {losses}{exact}"
+def run_summary(run) -> str:
+    """What train.py's Run trains on what, in a few lines."""
+    config, data, n = run.config, run.data, distributed.world_size()
+    each = f"{n} processes, each with " if n > 1 else ""
+    lines = [
+        f"{config.dataset}: {len(data.train):,} train and {len(data.val):,} val tokens, "
+        f"{config.tokens_per_step:,} in a step",
+        f"model: {run.model.n_parameters():,} parameters on {each}"
+        f"{devices.describe(run.device)}, {str(run.dtype).removeprefix('torch.')}",
+    ]
+    if data.train.n_cut:
+        lines.append(
+            f"{data.train.n_cut:,} pairs are longer than block_size={config.block_size} and cut"
+        )
+    if run.has_checkpoint:
+        lines.append(f"resuming after step {run.progress.step} of {config.max_iters}")
+    return "\n".join(lines)
+
+
+def done_message(config, progress: Progress) -> str:
+    return (
+        f"done after step {progress.step}, best val loss {progress.best_val_loss:.4f}; "
+        f"next: python sample.py --out_dir={shlex.quote(config.out_dir)}"
+    )
+
+
+def stopped_message(config, progress: Progress, signal_number: int) -> str:
+    command = "python" if distributed.world_size() == 1 else "torchrun ..."
+    return (
+        f"{signal.Signals(signal_number).name}: saved after step {progress.step}; go on with: "
+        f"{command} train.py --out_dir={shlex.quote(config.out_dir)} --init_from=resume"
+    )
 
 
 def evaluation_text(record: dict, note: str = "") -> str:
-    """The line of losses, and below it the sample where there is one."""
-    losses = loss_line(record) + note
-    return f"{losses}\n{record['sample']}" if "sample" in record else losses
+    """The line of metrics, and below it the sample if there is one."""
+    shown = {name: value for name, value in record.items() if name not in NOT_SHOWN}
+    metrics = [
+        FORMATS[name].format(value) if name in FORMATS else f"{name.replace('_', ' ')} {value:.4f}"
+        for name, value in shown.items()
+    ]
+    line = f"step {record['step']}: {', '.join(metrics)}{note}"
+    return f"{line}\n{record['sample']}" if "sample" in record else line
+
+
+# What an evaluation's record holds besides metrics.
+NOT_SHOWN = ("step", "sample", "lr", "tokens", "seconds")
 
 
 def _clock(seconds: float) -> str:
@@ -145,7 +211,7 @@ def _clock(seconds: float) -> str:
 
 
 def _lines_up_to(path: Path, progress: Progress) -> list[bytes]:
-    """The lines that a checkpoint has behind it, without one that a kill cut short."""
+    """The lines up to a checkpoint, without one that a kill has cut short."""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
@@ -159,7 +225,7 @@ def _lines_up_to(path: Path, progress: Progress) -> list[bytes]:
 
 
 class WandbDashboard:
-    """A resumed run is a second one of the same name there, whose steps go on from the first's."""
+    """There a resumed run is a second one of the same name, which continues the steps."""
 
     def __init__(self, wandb, out_dir: Path, config: dict):
         names = {"project": config["wandb_project"], "name": config["wandb_run_name"]}
@@ -169,20 +235,20 @@ class WandbDashboard:
         except (wandb.Error, ValueError) as error:
             advice = "WANDB_MODE=offline needs no account"
             raise InputError(f"wandb_log: {error}; {advice}") from None
-        # Its own count of steps only grows, and two records of one step would become one row.
+        # wandb's own step counter would merge two records of one step into one row.
         self.run.define_metric("*", step_metric="step")
 
     def send(self, record: dict) -> None:
         self.run.log(record)
 
     def close(self) -> None:
-        has_failed = sys.exc_info()[0] is not None  # an error is on its way through here
+        has_failed = sys.exc_info()[0] is not None  # closed while an error is raised
         self.run.finish(exit_code=int(has_failed))
 
 
 class TensorboardDashboard:
     def __init__(self, tensorboard, folder: Path, config: dict, resumed: Progress | None):
-        # From here on, hide what an earlier run left there, or this one after its checkpoint.
+        # purge_step hides what an earlier run wrote, or this one after its checkpoint.
         step = 0 if resumed is None else resumed.step + 1
         self.writer = tensorboard.SummaryWriter(str(folder), purge_step=step)
         self._add_text("config", "\n".join(f"{name} = {v!r}" for name, v in config.items()), step)
@@ -195,7 +261,7 @@ class TensorboardDashboard:
                 self.writer.add_scalar(name, value, record["step"])
 
     def _add_text(self, name: str, text: str, step: int) -> None:
-        """Indented, or its lines would be joined: texts are shown as Markdown."""
+        """Indented: texts are shown as Markdown, which would join the lines."""
         self.writer.add_text(name, "    " + text.replace("\n", "\n    "), step)
 
     def close(self) -> None:
@@ -203,7 +269,7 @@ class TensorboardDashboard:
 
 
 def _open_dashboards(out_dir: Path, config: dict, resumed: Progress | None) -> list:
-    """Import all first: when an extra is missing nothing has been written."""
+    """Import all first, so that a missing extra is an error before anything is written."""
     wandb = _import_extra("wandb") if config["wandb_log"] else None
     tensorboard = _import_extra("torch.utils.tensorboard") if config["tensorboard_log"] else None
     dashboards: list = []

@@ -1,17 +1,46 @@
-"""The optimizers and their learning rate."""
+"""AdamW, Muon, and the learning rate schedule."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 
-from quill.training import distributed
+from quill.settings import option
 
-if TYPE_CHECKING:
-    from model import GPT
-    from train import TrainConfig
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """Options of train.py."""
+
+    optimizer: Literal["adamw", "muon"] = option("adamw", "muon: for the blocks' matrices alone")
+    learning_rate: float = option(6e-4, "peak rate of AdamW", min=0)
+    muon_learning_rate: float = option(0.02, "peak rate of Muon", min=0)
+    muon_momentum: float = option(0.95, "Muon's momentum", min=0, max=0.9999)
+    max_iters: int = option(600000, "optimizer updates to make", min=0)
+    weight_decay: float = option(0.1, "decay of matrices, times the rate", min=0)
+    beta1: float = option(0.9, "AdamW's decay of the mean gradient", min=0, max=0.9999)
+    beta2: float = option(0.95, "AdamW's decay of the mean squared gradient", min=0, max=0.9999)
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 does not clip", min=0)
+    skip_nonfinite: int = option(
+        0, "updates that may be skipped for a loss or gradient not finite", min=0, max=10**4
+    )
+    average_decay: float = option(
+        0.0,
+        "evaluate, and keep in best.pt, a running average of the weights; 0: the latest weights",
+        min=0,
+        max=0.99999,
+    )
+    decay_lr: bool = option(True, "false keeps the rate constant")
+    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = option(
+        "cosine", "decay after warm-up; wsd: constant, then linear"
+    )
+    warmup_iters: int = option(2000, "steps of linear warm-up", min=0)
+    lr_decay_iters: int = option(0, "step where min_lr is reached; 0: max_iters", min=0)
+    min_lr: float = option(6e-5, "lowest rate after decay", min=0)
+    wsd_decay_share: float = option(0.2, "fraction of the steps in wsd's decay", min=0, max=1)
 
 
 def orthogonalize(x):
@@ -30,11 +59,11 @@ def orthogonalize(x):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose every matrix is made orthogonal. Jordan et al. 2024.
+    """Momentum, made orthogonal matrix by matrix. Jordan et al. 2024.
 
-    As torch.optim.Muon, but matrices of one shape are worked on as one batch, a group's `parts`
-    says of how many each is stacked (query, key and value are three), and a step with `found_inf`
-    set changes no weight, without waiting for the device.
+    Like torch.optim.Muon, but matrices of one shape are processed as one batch, `parts` of a group
+    says how many matrices each parameter stacks (query, key and value are three), and a step with
+    `found_inf` set changes no weight, without waiting for the device.
     """
 
     found_inf = None
@@ -50,19 +79,19 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 by_shape.setdefault(p.shape, []).append(p)
             for params in by_shape.values():
-                self._step_together(params, group)
+                self._step_batch(params, group)
 
-    def _step_together(self, params: list, group: dict) -> None:
+    def _step_batch(self, params: list, group: dict) -> None:
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads = [p.grad for p in params]
-        averages = [self.state[p]["momentum_buffer"] for p in params]
-        if self.found_inf is not None:  # a gradient equal to the average does not move it
-            pairs = zip(averages, grads, strict=True)
+        momenta = [self.state[p]["momentum_buffer"] for p in params]
+        if self.found_inf is not None:  # a gradient equal to the momentum does not change it
+            pairs = zip(momenta, grads, strict=True)
             grads = [torch.where(self.found_inf > 0, *pair) for pair in pairs]
-        torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(grads, averages, group["momentum"])  # Nesterov's
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov's
         x = torch.stack(ahead).to(self.dtype)  # (N, parts * R, C)
         parts = x.reshape(len(params) * group["parts"], -1, x.size(2))  # (N * parts, R, C)
         update = orthogonalize(parts)
@@ -76,7 +105,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(
-    model: GPT, config: TrainConfig, dtype: torch.dtype
+    model: torch.nn.Module, config: OptimizerOptions, dtype: torch.dtype
 ) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest.
 
@@ -109,37 +138,16 @@ def make_optimizers(
     return optimizers
 
 
-def set_learning_rate(optimizers: list, config: TrainConfig, step: int) -> None:
-    """Give every group its own highest rate times the schedule's share of it."""
-    share = learning_rate_at(config, step) / (config.learning_rate or 1.0)
+def set_lr(optimizers: list, config: OptimizerOptions, step: int) -> None:
+    """Scale every group's peak rate as the schedule scales AdamW's."""
+    scale = get_lr(config, step) / (config.learning_rate or 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = share * group["initial_lr"]
+            group["lr"] = scale * group["initial_lr"]
 
 
-def restore(optimizer: torch.optim.Optimizer, saved: dict, has_stepped: bool) -> None:
-    """Load the moments of a checkpoint; rates and decays stay those of the present options.
-
-    Raises ValueError when a moment is missing or has another shape than its parameter: the fused
-    kernels do not check.
-    """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    states = [saved["state"].get(i, {}) for i in range(len(params))]
-    for p, state in zip(params, states, strict=True):
-        fits = all(torch.is_tensor(t) and t.shape in ((), p.shape) for t in state.values())
-        if not fits or state.keys() != states[0].keys() or (has_stepped and not state):
-            raise ValueError("its optimizer state does not fit the model")
-    spread = {
-        i: {name: distributed.spread(tensor, like=p) for name, tensor in state.items()}
-        for i, (p, state) in enumerate(zip(params, states, strict=True))
-        if state
-    }
-    present = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": spread, "param_groups": present})
-
-
-def learning_rate_at(config: TrainConfig, step: int) -> float:
-    """AdamW's rate for the update after `step` updates: warm-up, then the schedule's shape."""
+def get_lr(config: OptimizerOptions, step: int) -> float:
+    """AdamW's learning rate for the update after `step` updates: warm-up, then the decay."""
     if config.lr_schedule == "constant" or not config.decay_lr:
         return config.learning_rate
     if step < config.warmup_iters:
@@ -149,10 +157,10 @@ def learning_rate_at(config: TrainConfig, step: int) -> float:
         return config.min_lr
     progress = (step - config.warmup_iters) / (end - config.warmup_iters)  # 0 .. 1
     if config.lr_schedule == "cosine":
-        height = 0.5 * (1 + math.cos(math.pi * progress))
+        coefficient = 0.5 * (1 + math.cos(math.pi * progress))
     elif config.lr_schedule == "linear":
-        height = 1 - progress
+        coefficient = 1 - progress
     else:  # warmup-stable-decay, Hu et al. 2024
-        fall = config.wsd_decay_share
-        height = min(1.0, (1 - progress) / fall) if fall else 1.0
-    return config.min_lr + height * (config.learning_rate - config.min_lr)
+        decay = config.wsd_decay_share
+        coefficient = min(1.0, (1 - progress) / decay) if decay else 1.0
+    return config.min_lr + coefficient * (config.learning_rate - config.min_lr)

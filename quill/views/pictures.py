@@ -1,9 +1,9 @@
-"""Pictures of what a model makes of a text: where it looks, what surprises it, what it holds alike.
+"""Pictures of a model on a text: attention weights, the loss of each token, nearest embeddings.
 
-Each is a table of coloured cells, light for little and dark for much: an order that is plain in
-grey and to the colour-blind.
+Each is a table of coloured cells, from light for low to dark for high, which can be read in grey
+and by the colour-blind.
 
-Shapes:  T time, in tokens   V vocab_size   nh n_head
+Shapes:  T time, in tokens   V vocab_size   nh n_head   C n_embd
 """
 
 from __future__ import annotations
@@ -17,60 +17,67 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch.nn import functional as F
 
-import sample
-from model import GPT
-from quill.data import tokenizers
+from model import GPT, attention_weights
+from quill.data.tokenizers import Tokenizer, encode_prompt
 from quill.errors import InputError
 from quill.interop import pretrained
+from quill.sampling.decoder import Decoder
+from quill.sampling.text import SampleOptions, read_prompt, sample_tokens
+from quill.training.models import Bigram
 
-# As much as can be read in one picture.
-MOST_TOKENS = 96
-MOST_MAP_TOKENS, LEAST_MAP_TOKENS = 32, 8
-MAPS_WIDTH = 200  # cells: the more heads share them, the shorter the text
-MOST_MAPS = 48  # across, or down
+# How much one picture shows, so that it can be read.
+MAX_TOKENS = 96
+MAX_MAP_TOKENS, MIN_MAP_TOKENS = 32, 8
+MAPS_WIDTH = 200  # cells in a row, which all heads share: the more heads, the shorter the text
+MAX_MAPS = 48  # across or down
 N_GUESSES = 4
 N_DISTINCT, N_NEIGHBOURS = 12, 8
-LONGEST_LABEL = 10
+MAX_LABEL_CHARS = 10
 
 TYPE = {"family": "DejaVu Sans Mono", "size": 7}
-CHAR_INCHES, LINE_INCHES = 0.06, 0.11  # what a character takes
-PAGE_INCHES = 6.5  # the longest line of text
+CHAR_INCHES, LINE_INCHES = 0.06, 0.11  # width and height of a character
+PAGE_INCHES = 6.5  # width of the longest line of text
 FONT = get_font(findfont(FontProperties(family=TYPE["family"])))
 SYMBOLS = {" ": "·", "\n": "↵"}
 BLUES, GREYS = "YlGnBu", "Greys"
 
 
 @torch.inference_mode()
-def draw(out_dir: Path, text: str | None, which: str) -> dict[str, Figure]:
-    """-> the figures by name: the one called `which`, or "all". Without a text the model writes."""
+def draw(out_dir: Path, start: str, which: str) -> dict[str, Figure]:
+    """-> the figures by name: the one called `which`, or "all".
+
+    start: the text to look at, or FILE:path; if empty, the model writes one.
+    """
+    text = read_prompt(start) if start else None
     loaded = pretrained.from_folder(out_dir)
     model, tokenizer = loaded.build().eval(), loaded.tokenizer
     ids = written_by(model, tokenizer) if text is None else encode(tokenizer, text)
     kinds = {"attention": draw_attention, "surprise": draw_surprise, "neighbours": draw_neighbours}
     names = kinds if which == "all" else [which]
-    if model.config.model == "bigram":
+    if isinstance(model, Bigram):
         if which in ("attention", "neighbours"):
             raise InputError(f"--pictures={which}: a bigram has no attention and no embedding")
         names = ["surprise"]
     return {name: kinds[name](model, tokenizer, ids) for name in names}
 
 
-def encode(tokenizer: tokenizers.Tokenizer, text: str) -> torch.Tensor:
+def encode(tokenizer: Tokenizer, text: str) -> torch.Tensor:
     try:
-        return torch.from_numpy(tokenizers.encode_prompt(tokenizer, text).astype(np.int64))
+        return torch.from_numpy(encode_prompt(tokenizer, text).astype(np.int64))
     except InputError as error:
         raise InputError(f"give a --start that the model can read: {error}") from None
 
 
-def written_by(model: GPT, tokenizer: tokenizers.Tokenizer) -> torch.Tensor:
-    """What the model writes after a line end, or what there is like it: such a text always fits."""
+def written_by(model: GPT | Bigram, tokenizer: Tokenizer) -> torch.Tensor:
+    """What the model writes after a line end, or after its first token where it has none."""
     try:
         start = encode(tokenizer, "\n")
     except InputError:
         start = torch.tensor([tokenizer.end_of_text or 0])
-    n = min(MOST_TOKENS - 1, model.config.block_size)
-    config = sample.SampleConfig(num_samples=1, max_new_tokens=n, temperature=1.0, top_k=0)
-    new = [ids[0] for ids in sample.tokens(model, tokenizer, start.numpy(), config)]
+    n = min(MAX_TOKENS - 1, model.config.block_size)
+    options = SampleOptions(num_samples=1, max_new_tokens=n, temperature=1.0, top_k=0)
+    decoder = Decoder(model, tokenizer.vocab_size)
+    new = [ids[0] for ids in sample_tokens(decoder, start.numpy(), options)]
     return torch.cat((start, torch.tensor(new)))
 
 
@@ -78,15 +85,13 @@ def written_by(model: GPT, tokenizer: tokenizers.Tokenizer) -> torch.Tensor:
 
 
 def attention_maps(model: GPT, ids: torch.Tensor) -> torch.Tensor:
-    """ids (T) -> how much each token looks at each: (n_layer, nh, T, T), whose rows sum to 1."""
+    """ids (T) -> the attention of each token to each: (n_layer, nh, T, T), whose rows sum to 1."""
     maps = []
 
     def record(attention, inputs):
         x, rotary, _ = inputs
         q, k, _ = attention.queries_keys_values(x, rotary)
-        scores = q[0] @ k[0].mT / math.sqrt(q.size(-1))  # (nh, T, T)
-        is_future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-        maps.append(scores.masked_fill(is_future, -math.inf).softmax(dim=-1))
+        maps.append(attention_weights(q, k)[0])  # (nh, T, T)
 
     hooks = [block.attn.register_forward_pre_hook(record) for block in model.transformer.h]
     model(ids[None])
@@ -95,16 +100,16 @@ def attention_maps(model: GPT, ids: torch.Tensor) -> torch.Tensor:
     return torch.stack(maps)
 
 
-def draw_attention(model: GPT, tokenizer: tokenizers.Tokenizer, ids: torch.Tensor) -> Figure:
-    """A map for each head (across) of each layer (down): a token's row shows where it looks."""
+def draw_attention(model: GPT, tokenizer: Tokenizer, ids: torch.Tensor) -> Figure:
+    """A map for each head (across) of each layer (down), with a row for each token that attends."""
     n_layer, n_head = model.config.n_layer, model.config.n_head
-    if max(n_layer, n_head) > MOST_MAPS:
+    if max(n_layer, n_head) > MAX_MAPS:
         raise InputError(f"{n_layer} layers of {n_head} heads are too many maps for one picture")
-    T = min(MOST_MAP_TOKENS, max(LEAST_MAP_TOKENS, MAPS_WIDTH // n_head - 1))
+    T = min(MAX_MAP_TOKENS, max(MIN_MAP_TOKENS, MAPS_WIDTH // n_head - 1))
     T = min(T, model.config.block_size, len(ids))
     maps = attention_maps(model, ids[:T])
-    maps[..., ~torch.ones(T, T, dtype=torch.bool).tril()] = math.nan  # stays white
-    side = max(T, LEAST_MAP_TOKENS) + 1  # with the gap to the next
+    maps[..., ~torch.ones(T, T, dtype=torch.bool).tril()] = math.nan  # the future stays white
+    side = max(T, MIN_MAP_TOKENS) + 1  # with a gap to the next map
     cells = np.full((n_layer * side, n_head * side), math.nan)
     axes = new_table(cells, LINE_INCHES, LINE_INCHES)
     for layer, head in np.ndindex(n_layer, n_head):
@@ -114,11 +119,12 @@ def draw_attention(model: GPT, tokenizer: tokenizers.Tokenizer, ids: torch.Tenso
         axes.text(x + side - 1.5, y - 0.5, name, ha="right", va="top", size=TYPE["size"])
     labels = labels_of(tokenizer, ids[:T].tolist())
     columns, rows = ([i * side + t for i in range(n) for t in range(T)] for n in (n_head, n_layer))
-    turned = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
-    axes.set_xticks(columns, labels * n_head, **turned if max(map(len, labels)) > 1 else {}, **TYPE)
+    upright = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
+    style = TYPE | (upright if max(map(len, labels)) > 1 else {})
+    axes.set_xticks(columns, labels * n_head, **style)
     axes.set_yticks(rows, labels * n_layer, va="center", **TYPE)
     paint(axes, cells, BLUES, "weight", 1.0)
-    set_title(axes, "Attention: where the token of each row looks", T, len(ids))
+    set_title(axes, "Attention weights: one row for each token that attends", T, len(ids))
     return axes.figure
 
 
@@ -126,9 +132,9 @@ def draw_attention(model: GPT, tokenizer: tokenizers.Tokenizer, ids: torch.Tenso
 
 
 def guesses(model: GPT, ids: torch.Tensor, vocab_size: int):
-    """ids (T + 1) -> surprise at each but the first, in nats (T), and what was likeliest there.
+    """ids (T + 1) -> the loss of each but the first, in nats (T), and the likeliest tokens there.
 
-    The latter are tokens and their probabilities, (T, N_GUESSES) each.
+    The latter are token ids and their probabilities, (T, N_GUESSES) each.
     """
     log_probs = F.log_softmax(model(ids[None, :-1])[0][0], dim=-1)  # (T, V)
     surprise = -log_probs.gather(1, ids[1:, None])[:, 0]
@@ -136,11 +142,11 @@ def guesses(model: GPT, ids: torch.Tensor, vocab_size: int):
     return surprise, likeliest.indices, likeliest.values.exp()
 
 
-def draw_surprise(model: GPT, tokenizer: tokenizers.Tokenizer, ids: torch.Tensor) -> Figure:
-    """The text in lines, and below each token what the model held likeliest in its place."""
-    n = min(MOST_TOKENS, model.config.block_size + 1, len(ids))
+def draw_surprise(model: GPT, tokenizer: Tokenizer, ids: torch.Tensor) -> Figure:
+    """The text in lines, and below each token those that the model found likeliest there."""
+    n = min(MAX_TOKENS, model.config.block_size + 1, len(ids))
     if n < 2:
-        raise InputError("nothing foretells a first token: give a --start of two or more")
+        raise InputError("the first token is not predicted: give a --start of two or more")
     surprise, guessed, probs = guesses(model, ids[:n], tokenizer.vocab_size)
     tokens = torch.cat((ids[1:n, None], guessed), dim=1)  # (n - 1, 1 + N_GUESSES)
     labels = np.array([labels_of(tokenizer, column) for column in tokens.tolist()])
@@ -153,7 +159,7 @@ def draw_surprise(model: GPT, tokenizer: tokenizers.Tokenizer, ids: torch.Tensor
     axes.text(0, 0, first, ha="center", va="center", weight="bold", **TYPE)
     is_text = np.arange(len(values))[:, None] % (tokens.size(1) + 1) == 0
     text, guess = np.where(is_text, values, math.nan), np.where(is_text, math.nan, values)
-    uniform = math.log(model.config.vocab_size)  # the surprise of who knows nothing
+    uniform = math.log(model.config.vocab_size)  # the loss when all tokens are equally likely
     paint(axes, text, BLUES, "surprise (nats)", uniform, labels, weight="bold")
     paint(axes, guess, GREYS, "probability", 1.0, labels)
     name = f"Surprise, {surprise.mean():.3f} nats a token, and below it the likeliest tokens there"
@@ -164,7 +170,7 @@ def draw_surprise(model: GPT, tokenizer: tokenizers.Tokenizer, ids: torch.Tensor
 def wrapped(table: np.ndarray, n_columns: int, empty) -> np.ndarray:
     """Turn the rows (n, m) into columns, in lines of n_columns with an empty row between them.
 
-    The first column is empty: the token there was foretold by nothing.
+    The first cell stays empty, for the first token, which is not predicted.
     """
     n, m = table.shape
     n_lines = math.ceil((n + 1) / n_columns)
@@ -178,15 +184,15 @@ def wrapped(table: np.ndarray, n_columns: int, empty) -> np.ndarray:
 
 
 def neighbours(model: GPT, tokens: list[int], vocab_size: int):
-    """-> cosines and tokens, (n, N_NEIGHBOURS) each: whose embeddings point most the same way."""
+    """-> cosines and token ids, (n, N_NEIGHBOURS) each, of the most similar embeddings."""
     vectors = F.normalize(model.transformer.wte.weight[:vocab_size])  # (V, C)
     cosines = vectors[tokens] @ vectors.T  # (n, V)
-    cosines[range(len(tokens)), tokens] = -math.inf  # a token is no neighbour of its own
+    cosines[range(len(tokens)), tokens] = -math.inf  # not a neighbour of itself
     return cosines.topk(min(N_NEIGHBOURS, vocab_size - 1))
 
 
-def draw_neighbours(model: GPT, tokenizer: tokenizers.Tokenizer, ids: torch.Tensor) -> Figure:
-    """A row for each distinct token of the text, its nearest first."""
+def draw_neighbours(model: GPT, tokenizer: Tokenizer, ids: torch.Tensor) -> Figure:
+    """A row for each distinct token of the text, with its nearest neighbours first."""
     if tokenizer.vocab_size < 2:
         raise InputError("a vocabulary of one token has no neighbours: draw other --pictures")
     distinct = [*dict.fromkeys(ids.tolist())]
@@ -206,14 +212,14 @@ def draw_neighbours(model: GPT, tokenizer: tokenizers.Tokenizer, ids: torch.Tens
 # ---- tables ------------------------------------------------------------------------------------
 
 
-def labels_of(tokenizer: tokenizers.Tokenizer, tokens: list[int]) -> list[str]:
-    """Spaces as dots, line ends as arrows; escaped is what is no text or not in the font."""
+def labels_of(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+    """Spaces as dots, line ends as arrows; bytes and characters that the font lacks are escaped."""
     labels = []
     for token in tokens:
         text = tokenizer.decode_bytes([token]).decode("utf-8", errors="backslashreplace")
         shown = "".join(map(visible, text))
-        is_short = len(shown) <= LONGEST_LABEL
-        labels.append(shown if is_short else shown[: LONGEST_LABEL - 1] + "…")
+        is_short = len(shown) <= MAX_LABEL_CHARS
+        labels.append(shown if is_short else shown[: MAX_LABEL_CHARS - 1] + "…")
     return labels
 
 
@@ -225,13 +231,13 @@ def visible(char: str) -> str:
 
 
 def cell_width(labels) -> float:
-    """Inches, for the longest in a table of labels."""
+    """In inches, for the longest in a table of labels."""
     longest = max(len(label) for row in labels for label in row)
     return (max(longest, 2) + 1.5) * CHAR_INCHES
 
 
 def new_table(cells: np.ndarray, height: float, width: float):
-    """Axes whose unit is a cell of so many inches; the figure grows around them when saved."""
+    """Axes whose unit is a cell, of height x width inches; saving adds room for the labels."""
     n_rows, n_columns = cells.shape
     axes = Figure(figsize=(n_columns * width, n_rows * height)).add_axes((0, 0, 1, 1))
     axes.spines[:].set_visible(False)
@@ -240,9 +246,9 @@ def new_table(cells: np.ndarray, height: float, width: float):
     return axes
 
 
-def paint(axes, values, colors: str, name: str, most: float, labels=None, **style) -> None:
-    """Colour the cells that have a value, write into them, and add the bar that explains them."""
-    image = axes.imshow(values, cmap=colors, vmin=0, vmax=most, aspect="auto")
+def paint(axes, values, colors: str, name: str, maximum: float, labels=None, **style) -> None:
+    """Colour the cells that have a value, write their labels, and add a colour bar."""
+    image = axes.imshow(values, cmap=colors, vmin=0, vmax=maximum, aspect="auto")
     figure = axes.figure
     width, height = figure.get_size_inches()
     right, bar_height = 0.15 + 0.65 * (len(figure.axes) - 1), 1.5  # inches, beside the table

@@ -14,8 +14,7 @@ from helpers import is_one_error_line
 from hypothesis import given
 from hypothesis import strategies as st
 
-import prepare
-from quill.data import corpus, dataset, tokenizers
+from quill.data import corpus, dataset_files, encode, tokenizers
 from quill.errors import InputError
 
 END = tokenizers.END_OF_TEXT
@@ -27,9 +26,9 @@ def jsonl(records: list[dict]) -> bytes:
 
 
 def decoded(folder: str) -> tuple[str, str]:
-    meta, data = dataset.read(Path(folder))
+    meta, data = dataset_files.read(Path(folder))
     tokenizer = tokenizers.from_json(meta.tokenizer, "meta")
-    return tuple(tokenizers.decode(tokenizer, data[name].tolist()) for name in dataset.SPLITS)
+    return tuple(tokenizers.decode(tokenizer, data[name].tolist()) for name in dataset_files.SPLITS)
 
 
 def write_texts(folder: Path, documents: list[str]) -> None:
@@ -90,7 +89,7 @@ def test_only_completions_carry_loss(folder, call):
     pairs = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(10)]
     Path("pairs.jsonl").write_bytes(jsonl(pairs))
     assert call("prepare", "sums", "--input=pairs.jsonl")[0] == 0
-    meta, data = dataset.read(Path("data/sums"))
+    meta, data = dataset_files.read(Path("data/sums"))
     tokenizer = tokenizers.from_json(meta.tokenizer, "meta")
     for split, expected in (("train", pairs[:9]), ("val", pairs[9:])):
         ids, mask = data[split], data[f"{split}.mask"]
@@ -100,7 +99,7 @@ def test_only_completions_carry_loss(folder, call):
         assert tokenizers.decode(tokenizer, ids[mask == 1].tolist()) == answers
     Path("pairs.jsonl").write_bytes(jsonl([{"text": str(i)} for i in range(10)]))
     assert call("prepare", "sums", "--input=pairs.jsonl")[0] == 0
-    assert [*dataset.read(Path("data/sums"))[1]] == ["train", "val"]
+    assert [*dataset_files.read(Path("data/sums"))[1]] == ["train", "val"]
 
 
 @pytest.mark.parametrize(
@@ -185,8 +184,8 @@ def test_batches_of_any_size_give_the_same_ids(documents, batch_chars, has_promp
     found = corpus.Survey(len(documents), n_chars, " \nabé", has_prompts, "")
     tokenizer = tokenizers.CharTokenizer(found.chars, ends_texts=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "BATCH_CHARS", batch_chars)
-        chunks = [*prepare.tokenize(Texts(), found, tokenizer)]
+        patch.setattr(encode, "BATCH_CHARS", batch_chars)
+        chunks = [*encode.encode_corpus(Texts(), found, tokenizer)]
     n_train = int(0.9 * len(documents))
     for split, expected in (("train", documents[:n_train]), ("val", documents[n_train:])):
         ids = np.concatenate([ids for name, ids, _ in chunks if name == split])
@@ -224,9 +223,9 @@ def test_a_tokenizer_that_cannot_end_documents_is_refused(folder, call):
 
 
 def test_work_is_spread_over_threads_in_order(monkeypatch):
-    monkeypatch.setattr(prepare.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(encode.os, "cpu_count", lambda: 2)
     both = threading.Barrier(2, timeout=10)  # passed only by two at the same time
-    assert [*prepare.in_parallel(lambda i: (both.wait(), i)[1], range(8))] == [*range(8)]
+    assert [*encode.map_in_parallel(lambda i: (both.wait(), i)[1], range(8))] == [*range(8)]
 
 
 def test_a_corpus_that_changes_while_it_is_read_is_refused(folder):
@@ -236,4 +235,4 @@ def test_a_corpus_that_changes_while_it_is_read_is_refused(folder):
     for n in (11, 0):
         Path("in.jsonl").write_bytes(jsonl([{"text": "abc"}] * n))
         with pytest.raises(InputError, match="changed while it was read"):
-            [*prepare.tokenize(texts, found, tokenizers.CharTokenizer("abc", True))]
+            [*encode.encode_corpus(texts, found, tokenizers.CharTokenizer("abc", True))]

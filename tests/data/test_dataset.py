@@ -10,7 +10,7 @@ from helpers import edit_meta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quill.data import dataset
+from quill.data import dataset, dataset_files
 from quill.errors import InputError
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def described(vocab_size=10):
 def written(folder, vocab_size=10, is_masked=False):
     ids = [("train", np.arange(9)), ("train", np.array([9])), ("val", np.array([1, 2, 3]))]
     chunks = [(split, part, part % 2) for split, part in ids]
-    return dataset.write(folder, chunks, is_masked, **described(vocab_size))
+    return dataset_files.write(folder, chunks, is_masked, **described(vocab_size))
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, "<u2"), (2**16 + 1, "<u4")])
@@ -31,20 +31,20 @@ def test_round_trip_and_raw_format(folder, vocab_size, dtype):
     meta = written(folder / "d", vocab_size)
     raw = np.fromfile(folder / "d" / "train.bin", dtype=dtype)
     assert raw.tolist() == list(range(10))
-    read, data = dataset.read(folder / "d")
+    read, data = dataset_files.read(folder / "d")
     assert read == meta and list(data) == ["train", "val"]
     assert data["train"].tolist() == list(range(10)) and data["val"].tolist() == [1, 2, 3]
 
 
 def test_masks_are_written_read_and_removed(folder):
     written(folder / "d", is_masked=True)
-    _, data = dataset.read(folder / "d")
+    _, data = dataset_files.read(folder / "d")
     assert data["train.mask"].tolist() == [0, 1] * 5 and data["val.mask"].tolist() == [1, 0, 1]
     (folder / "d" / "val.mask.bin").write_bytes(b"\1\1\1")
     with pytest.raises(InputError, match=r"val\.mask\.bin was changed or damaged"):
-        dataset.read(folder / "d")
+        dataset_files.read(folder / "d")
     written(folder / "d")
-    assert [*dataset.read(folder / "d")[1]] == ["train", "val"]
+    assert [*dataset_files.read(folder / "d")[1]] == ["train", "val"]
     assert not [*(folder / "d").glob("*mask*")]
 
 
@@ -56,8 +56,8 @@ def test_a_write_that_fails_leaves_what_was_there(folder):
         raise InputError("the text is broken")
 
     with pytest.raises(InputError):
-        dataset.write(folder / "d", breaks(), **described())
-    assert dataset.read(folder / "d")[0] == before
+        dataset_files.write(folder / "d", breaks(), **described())
+    assert dataset_files.read(folder / "d")[0] == before
     assert sorted(p.name for p in (folder / "d").iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
@@ -84,7 +84,7 @@ def test_what_does_not_agree_is_refused(folder, damage, complaint):
     written(folder / "d")
     damage(folder / "d")
     with pytest.raises(InputError, match=complaint):
-        dataset.read(folder / "d")
+        dataset_files.read(folder / "d")
 
 
 @pytest.mark.parametrize("n_renamed", [0, 1, 2])
@@ -93,7 +93,7 @@ def test_a_write_killed_between_its_renames_is_finished(folder, n_renamed):
     expected = written(folder / "d")
     for name in ("train.bin", "val.bin", "meta.json")[n_renamed:]:
         (folder / "d" / name).rename(folder / "d" / f"{name}.tmp")
-    assert dataset.read(folder / "d")[0] == expected
+    assert dataset_files.read(folder / "d")[0] == expected
     assert not [*(folder / "d").glob("*.tmp")]
 
 
@@ -112,8 +112,8 @@ def test_a_write_interrupted_between_its_renames_is_finished(folder, monkeypatch
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "replace", interrupted)
         chunks = [("train", np.arange(5), None), ("val", np.arange(3), None)]
-        dataset.write(folder / "d", chunks, **described())
-    assert dataset.read(folder / "d")[0].train_tokens == 5
+        dataset_files.write(folder / "d", chunks, **described())
+    assert dataset_files.read(folder / "d")[0].train_tokens == 5
 
 
 def test_a_write_killed_before_its_renames_is_not_finished(folder):
@@ -122,7 +122,7 @@ def test_a_write_killed_before_its_renames_is_not_finished(folder):
     with (folder / "d" / "meta.json.tmp").open("r+") as file:
         file.truncate(50)
     with pytest.raises(InputError, match="is not prepared"):
-        dataset.read(folder / "d")
+        dataset_files.read(folder / "d")
 
 
 def plain(n_tokens: int, block_size: int, vocab_size: int | None = None) -> dataset.Split:
@@ -132,9 +132,9 @@ def plain(n_tokens: int, block_size: int, vocab_size: int | None = None) -> data
 
 
 @pytest.mark.parametrize("limit", [0, 2**26])  # memory-mapped, on the device
-def test_windows(monkeypatch, limit):
+def test_get_batch(monkeypatch, limit):
     monkeypatch.setattr(dataset, "MAX_TOKENS_ON_DEVICE", limit)
-    idx, targets = plain(10, 3).windows(np.array([0, 6, 8, 10]))
+    idx, targets = plain(10, 3).get_batch(np.array([0, 6, 8, 10]))
     assert idx[0].tolist() == [0, 1, 2] and targets[0].tolist() == [1, 2, 3]
     assert idx[1].tolist() == [6, 7, 8] and targets[1].tolist() == [7, 8, 9]
     assert targets[2].tolist() == [9, -1, -1], "beyond the end there is nothing to predict"
@@ -146,11 +146,11 @@ def test_windows(monkeypatch, limit):
 def test_an_id_outside_the_vocabulary_is_refused(monkeypatch, limit):
     monkeypatch.setattr(dataset, "MAX_TOKENS_ON_DEVICE", limit)
     with pytest.raises(InputError, match=r"x\.bin: token id 9 does not fit .* vocabulary of 9"):
-        plain(10, 3, vocab_size=9).windows(np.array([6]))
+        plain(10, 3, vocab_size=9).get_batch(np.array([6]))
 
 
 @given(st.integers(2, 200), st.integers(1, 50), st.integers(0, 2**40), st.integers(0, 10**6))
-def test_train_windows_fit_and_depend_on_seed_and_step_alone(n_tokens, block_size, seed, step):
+def test_train_rows_fit_and_depend_on_seed_and_step_alone(n_tokens, block_size, seed, step):
     if n_tokens <= block_size:
         return
     starts = plain(n_tokens, block_size).train_offsets(20, seed, step)
@@ -158,14 +158,14 @@ def test_train_windows_fit_and_depend_on_seed_and_step_alone(n_tokens, block_siz
     assert (starts == plain(n_tokens, block_size).train_offsets(20, seed, step)).all()
 
 
-def test_train_windows_reach_every_token():
+def test_train_rows_reach_every_token():
     starts = plain(8, 3).train_offsets(1000, seed=0, step=0)
     assert set(starts.tolist()) == {0, 1, 2, 3, 4}
 
 
 def test_an_epoch_has_every_token_at_most_once_in_an_order_of_its_own():
     steps = [plain(1003, 10).train_offsets(11, seed=0, step=step) for step in range(18)]
-    epochs = np.concatenate(steps).reshape(2, 99)  # steps of 11 windows, epochs of 99
+    epochs = np.concatenate(steps).reshape(2, 99)  # steps of 11 rows, epochs of 99
     for starts in epochs:
         assert (np.diff(np.sort(starts)) == 10).all() and len(starts) * 10 > 1003 - 2 * 10
     assert len(set(epochs[:, 0])) == 2 and (np.diff(epochs[0]) != 10).any()
@@ -178,45 +178,45 @@ def test_whole_evaluation_predicts_every_token_but_the_first_once(n_tokens, bloc
     if n_tokens <= block_size:
         return
     split = plain(n_tokens, block_size)
-    _, targets = split.windows(split.eval_offsets(7, whole=True))
+    _, targets = split.get_batch(split.eval_offsets(7, whole=True))
     assert sorted(targets[targets >= 0].tolist()) == list(range(1, n_tokens))
 
 
 @given(st.integers(2, 200), st.integers(1, 50), st.integers(1, 20))
-def test_spread_evaluation_stays_inside(n_tokens, block_size, n_windows):
+def test_spread_evaluation_stays_inside(n_tokens, block_size, n_rows):
     if n_tokens <= block_size:
         return
-    starts = plain(n_tokens, block_size).eval_offsets(n_windows, whole=False)
-    assert 1 <= len(starts) <= n_windows and len(set(starts)) == len(starts)
+    starts = plain(n_tokens, block_size).eval_offsets(n_rows, whole=False)
+    assert 1 <= len(starts) <= n_rows and len(set(starts)) == len(starts)
     assert starts[0] == 0 and starts[-1] + block_size + 1 <= n_tokens
 
 
-# Lengths of prompts and answers, a record each.
-records = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=12)
+# Lengths of prompts and answers, an example each.
+examples = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=12)
 
 
 @pytest.mark.parametrize("limit", [0, 2**26])
-@given(records=records, block_size=st.integers(1, 30))
-def test_every_answer_is_predicted_once_and_nothing_else(limit, records, block_size):
-    mask = np.concatenate([[0] * prompt + [1] * answer for prompt, answer in records])
+@given(examples=examples, block_size=st.integers(1, 30))
+def test_every_answer_is_predicted_once_and_nothing_else(limit, examples, block_size):
+    mask = np.concatenate([[0] * prompt + [1] * answer for prompt, answer in examples])
     ids = np.arange(len(mask), dtype=np.uint16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dataset, "MAX_TOKENS_ON_DEVICE", limit)
         split = dataset.Split(ids, mask, len(ids), block_size, CPU, Path("x.bin"))
         starts = split.eval_offsets(1, whole=True)
-        idx, targets = split.windows(np.append(starts, len(ids)))
+        idx, targets = split.get_batch(np.append(starts, len(ids)))
     assert sorted(targets[targets >= 0].tolist()) == np.flatnonzero(mask).tolist()
     counts = targets >= 0
     assert (targets[counts] == idx[counts] + 1).all() and counts[:-1].any(dim=1).all()
     assert (idx[:-1, 0].numpy() == starts).all(), "prompts are read, only not predicted"
-    begins = np.cumsum([0, *(prompt + answer for prompt, answer in records)])
+    begins = np.cumsum([0, *(prompt + answer for prompt, answer in examples)])
     for begin, end in itertools.pairwise(begins):
-        if end - begin <= block_size + 1:  # it fits into a window
+        if end - begin <= block_size + 1:  # it fits into a row
             at = np.searchsorted(starts, begin, side="right") - 1
             assert targets[at].max() >= end - 1, "an answer is not cut from a prompt that fits"
 
 
-def test_records_are_all_read_in_each_epoch():
+def test_examples_are_all_read_in_each_epoch():
     mask = np.tile([0, 0, 1], 10)
     split = dataset.Split(np.arange(30), mask, 30, 2, CPU, Path("x.bin"))
     epochs = split.train_offsets(20, seed=0, step=0).reshape(2, 10)

@@ -10,16 +10,16 @@ import pytest
 from helpers import REPO, is_one_error_line
 
 import prepare
-from quill.data import corpus, dataset, download, tokenizers
+from quill.data import corpus, dataset_files, download, tokenizers
 
 SHARED_TEXT = REPO.parent / "shared/data/tinyshakespeare.txt"
 GPT2_CACHE = Path(os.environ.get("TIKTOKEN_CACHE_DIR", REPO.parent / "shared/tiktoken"))
 
 
 def decoded(folder: Path) -> tuple[str, str]:
-    meta, data = dataset.read(folder)
+    meta, data = dataset_files.read(folder)
     tokenizer = tokenizers.from_json(meta.tokenizer, "meta")
-    return tuple(tokenizers.decode(tokenizer, data[name].tolist()) for name in dataset.SPLITS)
+    return tuple(tokenizers.decode(tokenizer, data[name].tolist()) for name in dataset_files.SPLITS)
 
 
 @pytest.mark.parametrize("kind", ["char", "byte"])
@@ -34,7 +34,7 @@ def test_own_text_decodes_back_split_at_90_percent(
     assert (code, err) == (0, "")
     n_train = int(len(text) * 0.9)
     assert decoded(folder / "data/mine") == (text[:n_train], text[n_train:])
-    meta = dataset.read_meta(folder / "data/mine/meta.json")
+    meta = dataset_files.read_meta(folder / "data/mine/meta.json")
     assert meta.sha256 == hashlib.sha256(text.encode()).hexdigest()
     for fact in (
         f"{len(text):,} characters",
@@ -65,7 +65,7 @@ def test_another_datasets_tokenizer_is_reused(folder, call):
     Path("c.txt").write_text("abcXYZX" * 3)
     call("prepare", "a", "--input=a.txt")
     code, _, _ = call("prepare", "b", "--input=b.txt", "--tokenizer=data/a/meta.json")
-    assert code == 0 and dataset.read(folder / "data/b")[1]["train"][:3].tolist() == [9, 8, 7]
+    assert code == 0 and dataset_files.read(folder / "data/b")[1]["train"][:3].tolist() == [9, 8, 7]
     code, _, err = call("prepare", "c", "--input=c.txt", "--tokenizer=data/a/meta.json")
     assert code == 2 and "'X' (U+0058), 'Y' (U+0059), 'Z' (U+005A)" in err
     assert not Path("data/c").exists()
@@ -157,7 +157,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(folder, call, monkeypat
 def test_tiny_shakespeare_in_gpt2_tokens(folder, call, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(GPT2_CACHE))
     assert call("prepare", "shakespeare", f"--input={SHARED_TEXT}")[0] == 0
-    meta = dataset.read_meta(Path("data/shakespeare/meta.json"))
+    meta = dataset_files.read_meta(Path("data/shakespeare/meta.json"))
     assert (meta.train_tokens, meta.val_tokens, meta.vocab_size) == (301_966, 36_059, 50257)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import random
@@ -19,7 +20,9 @@ from quill.data import tokenizers
 from quill.errors import InputError
 from quill.files import file_lock
 from quill.interop import hf_tokenizers, huggingface
+from quill.interop.pretrained import Pretrained
 from quill.training import checkpoint
+from quill.training.models import BigramConfig, build, config_to_dict
 
 files_of = pytest.importorskip("safetensors.torch")
 
@@ -55,18 +58,19 @@ def assert_same(model: GPT, theirs) -> None:
         logits = model(idx)[0]
         assert logits.std() > 0.1
         torch.testing.assert_close(theirs(idx).logits, logits, rtol=0, atol=1e-5)
-    steps = generate(model, idx[:, :1], torch.zeros(block_size - 1, 3), temperature=0)
+    steps = generate(model, idx[:, :1], block_size - 1, temperature=0)
     ours = torch.stack([*steps], dim=1)
     options = {"do_sample": False, "max_length": block_size, "eos_token_id": None}
     text = theirs.generate(idx[:, :1], attention_mask=torch.ones(3, 1), **options)
     assert torch.equal(text[:, 1:], ours)
 
 
+def load(path: str) -> Pretrained:
+    return Pretrained(*huggingface.load(Path(path)))
+
+
 def read(path: str) -> GPT:
-    pretrained = huggingface.load(Path(path))
-    model = GPT(pretrained.config)
-    model.load_state_dict(pretrained.weights)
-    return model.eval()
+    return load(path).build().eval()
 
 
 def export(config: GPTConfig, tokenizer=CHAR, dest: str = "dest") -> GPT:
@@ -76,10 +80,10 @@ def export(config: GPTConfig, tokenizer=CHAR, dest: str = "dest") -> GPT:
 
 
 def save_run(model: GPT, tokenizer) -> None:
-    saved = {"model": model.state_dict(), "model_config": vars(model.config), "config": {}}
+    described = {"model_config": config_to_dict(model.config), "config": {}, "step": 1}
     Path("out").mkdir(exist_ok=True)
-    contents = saved | {"tokenizer": tokenizer.to_json(), "step": 1}
-    checkpoint.save(Path("out/best.pt"), contents)
+    contents = {"model": model.state_dict(), "tokenizer": tokenizer.to_json(), **described}
+    checkpoint.save_checkpoint(Path("out/best.pt"), contents)
 
 
 # ---- in -----------------------------------------------------------------------------------------
@@ -105,7 +109,7 @@ def test_a_gpt2_of_transformers_computes_the_same_here(transformers, folder, siz
     theirs = randomised(transformers.GPT2LMHeadModel(config))
     theirs.save_pretrained("gpt2")
     assert_same(read("gpt2"), theirs)
-    assert huggingface.load(Path("gpt2")).tokenizer is None
+    assert load("gpt2").tokenizer is None
 
 
 def test_half_precision_several_files_no_prefix_and_masks(transformers, folder):
@@ -129,11 +133,11 @@ def test_half_precision_several_files_no_prefix_and_masks(transformers, folder):
 def test_openais_own_sizes_need_no_config(folder):
     model = export(GPTConfig(8, 20, 1, 12, 768, mlp="gelu_tanh"))
     shutil.move("dest/model.safetensors", "alone.safetensors")
-    assert huggingface.load(Path("alone.safetensors")).config == model.config
+    assert load("alone.safetensors").config == model.config
     export(GPTConfig(8, 20, 1, 2, 16))
     shutil.move("dest/model.safetensors", "alone.safetensors")
     with pytest.raises(InputError, match=r"config\.json: missing, and needed"):
-        huggingface.load(Path("alone.safetensors"))
+        load("alone.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +165,7 @@ def test_another_model_is_refused(folder, changes, complaint):
     path = Path("dest/config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(InputError) as caught:
-        huggingface.load(Path("dest"))
+        load("dest")
     assert complaint in str(caught.value) and "dest" in str(caught.value)
 
 
@@ -184,7 +188,7 @@ def test_other_tensors_are_refused(folder, changes, complaint):
     kept = {name: p for name, p in weights.items() if p is not None}
     files_of.save_file(kept, "dest/model.safetensors")
     with pytest.raises(InputError, match=r"^dest.*") as caught:
-        huggingface.load(Path("dest"))
+        load("dest")
     assert complaint in str(caught.value)
 
 
@@ -212,7 +216,7 @@ def test_damaged_files_are_refused(folder, name, content, complaint):
     else:
         path.write_bytes(data[content] if isinstance(content, slice) else content)
     with pytest.raises(InputError) as caught:
-        huggingface.load(Path("dest"))
+        load("dest")
     assert complaint in str(caught.value)
 
 
@@ -243,7 +247,7 @@ def test_any_json_in_any_place_is_read_or_refused(folder, tokenizer):
         for changed in random_places(json.loads(before), 80):
             path.write_text(json.dumps(changed))
             try:
-                n_read += huggingface.load(Path("dest")) is not None
+                n_read += load("dest") is not None
             except InputError as error:
                 assert "dest" in str(error)
         path.write_bytes(before)
@@ -256,10 +260,10 @@ def test_vocab_json_and_merges_txt_are_a_tokenizer(folder):
     Path("dest/tokenizer.json").unlink()
     Path("dest/vocab.json").write_text(json.dumps(model["vocab"]))
     with pytest.raises(InputError, match=r"merges\.txt: No such file"):
-        huggingface.load(Path("dest"))
+        load("dest")
     lines = ["#version: 0.2", *model["merges"], ""]
     Path("dest/merges.txt").write_text("\n".join(lines), encoding="utf-8")
-    assert huggingface.load(Path("dest")).tokenizer.to_json() == BPE.to_json()
+    assert load("dest").tokenizer.to_json() == BPE.to_json()
 
 
 SHUFFLED = {"merges": ["th e", "t h", *hf_tokenizers.merges_of(BPE.tokens)[2:]]}
@@ -292,13 +296,13 @@ def test_another_tokenizer_is_refused(folder, part, changes, complaint):
 def test_more_tokens_than_rows_are_refused(folder):
     export(GPTConfig(20, 8, 1, 2, 16), CHAR)
     with pytest.raises(InputError, match="dest: its tokenizer has 11 tokens, its model 8"):
-        huggingface.load(Path("dest"))
+        load("dest")
 
 
 def test_a_missing_extra_is_named(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(InputError, match=r"install the extra: pip install '\.\[hf\]'"):
-        huggingface.load(Path("dest"))
+        load("dest")
 
 
 # ---- out ----------------------------------------------------------------------------------------
@@ -325,7 +329,7 @@ def test_a_run_of_quill_computes_the_same_in_transformers(
     config = GPTConfig(20, tokenizer.vocab_size + 3, 2, 2, 24, **switches)
     model = randomised(GPT(config))
     save_run(model, tokenizer)
-    code, out, err = call("hf", "export", "--out_dir=out", "made/dest")
+    code, out, err = call("export", "--out_dir=out", "made/dest")
     name = "LlamaForCausalLM" if config.position == "rotary" else "GPT2LMHeadModel"
     n_parameters = sum(p.numel() for p in model.parameters())
     assert (code, err) == (0, "")
@@ -342,7 +346,7 @@ def test_a_run_of_quill_computes_the_same_in_transformers(
 @pytest.mark.parametrize("tokenizer", [CHAR, CHAR_END, BYTE, BYTE_END, BPE])
 def test_what_was_exported_is_read_bit_for_bit(folder, tokenizer, bias):
     model = export(GPTConfig(20, 300, 2, 2, 16, bias=bias, tied_head=bias), tokenizer)
-    pretrained = huggingface.load(Path("dest"))
+    pretrained = load("dest")
     expected = model.state_dict()
     assert pretrained.tokenizer.to_json() == tokenizer.to_json()
     for name, p in pretrained.weights.items():
@@ -416,9 +420,35 @@ def test_gpt2s_own_tokenizer(transformers, folder, monkeypatch):
 )
 def test_switches_that_no_class_has_are_named(folder, call, switches, complaint):
     save_run(GPT(GPTConfig(20, 12, 1, 2, 16, **switches)), CHAR)
-    code, out, err = call("hf", "export", "dest")
+    code, out, err = call("export", "dest")
     assert (code, out, err) == (2, "", f"error: out/best.pt cannot be exported: {complaint}\n")
     assert not Path("dest").exists()
+
+
+def test_a_bigram_is_refused(folder, call):
+    save_run(build(BigramConfig(block_size=20, vocab_size=12)), CHAR)
+    code, out, err = call("export", "dest")
+    assert (code, out) == (2, "") and is_one_error_line(err) and "model='bigram'" in err
+    assert not Path("dest").exists()
+
+
+@pytest.mark.parametrize("switches", [{}, LLAMA])
+def test_an_option_that_no_class_lists_is_refused_away_from_its_default(folder, switches):
+    fields = [("shared_values", bool, False), ("window", int, 0)]
+    wider = dataclasses.make_dataclass("WiderConfig", fields, bases=(GPTConfig,), frozen=True)
+    export(wider(20, 12, 1, 2, 16, **switches))
+    assert Path("dest/config.json").exists()
+    for name, value in (("shared_values", True), ("window", 8)):
+        with pytest.raises(ValueError, match=r"GPT2LMHeadModel has no .*Llama") as caught:
+            export(wider(20, 12, 1, 2, 16, **switches | {name: value}), dest="refused")
+        assert str(caught.value).count(f"{name}={value} (but ") == 2, "neither class has it"
+        assert not Path("refused").exists()
+
+
+def test_the_classes_list_options_that_there_are():
+    options = {field.name for field in dataclasses.fields(GPTConfig)}
+    assert options >= huggingface.ANY_VALUE
+    assert all(target.choices.keys() <= options for target in huggingface.TARGETS)
 
 
 def test_only_an_earlier_export_is_overwritten(folder, call):
@@ -432,34 +462,34 @@ def test_only_an_earlier_export_is_overwritten(folder, call):
         ("full", "full is not empty and not an earlier export"),
         (".", ". is not empty and not an earlier export"),
     ):
-        code, _, err = call("hf", "export", dest)
+        code, _, err = call("export", dest)
         assert code == 2 and is_one_error_line(err) and complaint in err
     assert Path("full/model.safetensors").read_text() == Path("file").read_text() == "mine"
-    assert call("hf", "export", "empty")[0] == 0
+    assert call("export", "empty")[0] == 0
     save_run(randomised(GPT(GPTConfig(20, 12, 3, 2, 16))), CHAR)
-    assert call("hf", "export", "empty")[0] == 0
-    assert huggingface.load(Path("empty")).config.n_layer == 3
+    assert call("export", "empty")[0] == 0
+    assert load("empty").config.n_layer == 3
     files = {path.name: path for path in Path("empty").iterdir()}
     files.pop(".lock")
     assert len(files) == 5
     assert len({path.stat().st_mode for path in files.values()}) == 1, "readable alike"
     with file_lock(Path("empty")):
-        code, _, err = call("hf", "export", "empty")
+        code, _, err = call("export", "empty")
     assert code == 2 and is_one_error_line(err) and "is in use" in err
 
 
 @pytest.mark.parametrize(
     ("argv", "complaint"),
     [
-        ([], "use: python hf.py export --out_dir=out DEST"),
-        (["import", "x"], "use: python hf.py export"),
-        (["--out_dir=out", "dest"], "use: python hf.py export"),
-        (["export"], "DEST, the folder to write, is missing"),
-        (["export", "a", "b"], "one dest at a time"),
-        (["export", "--what=1", "a"], "what: no such option"),
-        (["export", "dest"], "out/ckpt.pt is missing"),
+        ([], "use: python -m quill.export --out_dir=out DEST"),
+        (["--out_dir=out"], "use: python -m quill.export"),
+        ([], "DEST, the folder to write, is missing"),
+        (["export", "dest"], "one dest at a time, not 2: export dest"),
+        (["a", "b"], "one dest at a time"),
+        (["--what=1", "a"], "what: no such option"),
+        (["dest"], "out/ckpt.pt is missing"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(folder, call, argv, complaint):
-    code, out, err = call("hf", *argv)
+    code, out, err = call("export", *argv)
     assert (code, out) == (2, "") and is_one_error_line(err) and complaint in err

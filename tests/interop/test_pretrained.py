@@ -14,10 +14,11 @@ import torch
 from helpers import TINY, is_one_error_line
 
 from model import GPT, GPTConfig
-from quill.data import dataset, tokenizers
+from quill.data import dataset_files, tokenizers
 from quill.errors import InputError
 from quill.interop import pretrained
 from quill.training import checkpoint
+from quill.training.models import config_to_dict
 
 MACHINE = ["--device=cpu", "--dtype=float32"]
 # What the weights do not decide.
@@ -55,17 +56,17 @@ def save_as_nanogpt(model: GPT, path: Path, prefix: str = "", changes: dict = {}
 def save_as_run(model: GPT, path: Path, chars: str) -> None:
     contents = {
         "model": model.state_dict(),
-        "model_config": dataclasses.asdict(model.config),
+        "model_config": config_to_dict(model.config),
         "config": {},
         "tokenizer": tokenizers.CharTokenizer(chars).to_json(),
         "step": 7,
     }
     path.parent.mkdir(exist_ok=True)
-    checkpoint.save(path, contents)
+    checkpoint.save_checkpoint(path, contents)
 
 
 def chars_of_tiny() -> str:
-    return dataset.read_meta(Path("data/tiny/meta.json")).tokenizer["chars"]
+    return dataset_files.read_meta(Path("data/tiny/meta.json")).tokenizer["chars"]
 
 
 # ---- nanoGPT -----------------------------------------------------------------------------------
@@ -91,12 +92,12 @@ def test_a_nanogpt_run_is_sampled_with_a_datasets_tokenizer_and_trained_on(tiny,
     code, out, _ = call("sample", *flags, "--start=the", "--dataset=tiny")
     assert code == 0 and out.startswith("the")
     assert call("train", *FREE, "--init_from=nano")[0] == 0
-    val = dataset.read(Path("data/tiny"))[1]["val"].astype(np.int64)
+    val = dataset_files.read(Path("data/tiny"))[1]["val"].astype(np.int64)
     windows = [torch.from_numpy(val[i : i + 17]) for i in range(0, len(val) - 1, 16)]
     losses = [model(w[None, :-1], w[None, 1:], reduction="sum")[1].item() for w in windows]
     first = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[0])
     assert first["val_loss"] == pytest.approx(sum(losses) / (len(val) - 1), rel=1e-5)
-    saved = checkpoint.load(Path("out/ckpt.pt"))
+    saved = checkpoint.load_checkpoint(Path("out/ckpt.pt"))
     assert saved["step"] == 6 and saved["config"]["n_embd"] == 16
     # and it goes on, though no option says what the model is
     code, out, _ = call("train", "--out_dir=out", "--init_from=resume", "--max_iters=7")
@@ -148,12 +149,12 @@ def test_a_nanogpt_dataset_is_converted(folder, call, protocol):
     write_nanogpt_dataset(chars, [0, 1, 2, 300], protocol)
     code, out, err = call("prepare", "mine", "--input=nano/meta.pkl")
     assert (code, err) == (0, "") and "4 train + 4 val tokens" in out
-    meta, data = dataset.read(Path("data/mine"))
+    meta, data = dataset_files.read(Path("data/mine"))
     assert data["train"].tolist() == [0, 1, 2, 300] and data["val"].tolist() == [300, 2, 1, 0]
     assert tokenizers.from_json(meta.tokenizer, "meta").encode("\nz").tolist() == [2, 0]
     Path("more.txt").write_text("zzé\n" * 5)
     assert call("prepare", "more", "--input=more.txt", "--tokenizer=nano/meta.pkl")[0] == 0
-    assert dataset.read(Path("data/more"))[1]["train"][:4].tolist() == [0, 0, 1, 2]
+    assert dataset_files.read(Path("data/more"))[1]["train"][:4].tolist() == [0, 0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +205,7 @@ def test_a_run_starts_from_another_runs_weights(tiny, call):
     model = random_model(position="rotary", norm="rmsnorm", mlp="swiglu", tied_head=False)
     save_as_run(model, Path("first/ckpt.pt"), chars_of_tiny())
     assert call("train", *FREE, "--init_from=first", "--max_iters=0")[0] == 0
-    begun = checkpoint.load(Path("out/ckpt.pt"))
+    begun = checkpoint.load_checkpoint(Path("out/ckpt.pt"))
     for name, p in model.state_dict().items():
         assert (begun["model"][name] == p).all()
     assert begun["step"] == 0 and begun["config"]["mlp"] == "swiglu"
@@ -261,7 +262,7 @@ def test_auto_goes_on_or_starts_as_the_config_file_says(tiny, call):
     argv = ["train", "tune.py", *FREE, "--init_from=auto"]
     code, out, _ = call(*argv, "--max_iters=2")
     assert code == 0 and "resuming" not in out
-    assert checkpoint.load(Path("out/ckpt.pt"))["config"]["mlp"] == "relu"
+    assert checkpoint.load_checkpoint(Path("out/ckpt.pt"))["config"]["mlp"] == "relu"
     assert "resuming after step 2" in call(*argv, "--max_iters=3")[1]
 
 
@@ -269,7 +270,8 @@ def test_a_tokenizer_is_taken_from_a_run_and_never_replaced(tiny, call):
     save_as_run(random_model(), Path("first/ckpt.pt"), chars_of_tiny())
     Path("part.txt").write_text("the king and the queen " * 9)
     assert call("prepare", "part", "--input=part.txt", "--tokenizer=first")[0] == 0
-    assert dataset.read_meta(Path("data/part/meta.json")).tokenizer["chars"] == chars_of_tiny()
+    meta = dataset_files.read_meta(Path("data/part/meta.json"))
+    assert meta.tokenizer["chars"] == chars_of_tiny()
     code, _, err = call("sample", "--init_from=first", "--dataset=part", *MACHINE)
     assert code == 2 and is_one_error_line(err) and "came with a tokenizer" in err
     code, _, err = call("prepare", "part", "--input=part.txt", "--tokenizer=part.txt")

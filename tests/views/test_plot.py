@@ -11,14 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import REPO, TINY, is_one_error_line
+from helpers import REPO, TINY, VARIANTS, is_one_error_line, random_ids, tiny_model
 from matplotlib import image, rc_context
-from test_model import VARIANTS, random_ids
-from test_model import tiny as tiny_model
 
 from quill import plot
 from quill.data import tokenizers
-from quill.views import pictures
+from quill.views import curves, pictures
 
 EVALUATIONS = [
     {"step": 0, "train_loss": 4.0, "val_loss": 4.1, "lr": 0.0},
@@ -41,7 +39,8 @@ def test_the_losses_alone_need_no_torch(tiny, call):
     call("train", *TINY)
     with Path("out/metrics.jsonl").open("a") as file:  # of an update that was skipped
         file.write('{"step": 6, "skipped": 1}\n{"step": 6, "loss": null, "grad_norm": null}\n')
-    probe = "import sys, plot; plot.main(['--pictures=loss']); sys.exit('torch' in sys.modules)"
+    probe = "import sys; from quill import plot; plot.main(['--pictures=loss'])"
+    probe += "; sys.exit('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(REPO)}
     line = [sys.executable, "-W", "error", "-c", probe]
     done = subprocess.run(line, env=environment, capture_output=True)
@@ -56,7 +55,7 @@ def test_the_losses_alone_need_no_torch(tiny, call):
 
 def test_the_best_step_of_each_run_is_marked():
     batches = [{"step": 3, "loss": 3.0, "lr": 0.02}, {"step": 4}]
-    figure = plot.draw_losses({"a": [*EVALUATIONS[:2], *batches], "b": EVALUATIONS})
+    figure = curves.draw_losses({"a": [*EVALUATIONS[:2], *batches], "b": EVALUATIONS})
     above, below = figure.axes
     best = [line for line in above.lines if line.get_marker() == "*"]
     for line, name, losses in zip(best, "ab", ([4.1, 2.25], [4.1, 2.25, 3.0]), strict=True):

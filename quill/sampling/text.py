@@ -1,0 +1,148 @@
+"""From a prompt to text: token ids drawn from a model, decoded as they come."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model import generate
+from quill.data import tokenizers
+from quill.data.problems import plain_answer
+from quill.errors import InputError, RunError
+from quill.sampling.decoder import Decoder
+from quill.settings import option
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """How a text is drawn; the options of sample.py but for files and devices."""
+
+    start: str = option("\n", "the prompt, or FILE:path to read it from a file")
+    num_samples: int = option(10, "texts to generate, as one batch", min=1, max=10**6)
+    max_new_tokens: int = option(500, "tokens in each, beyond the prompt", min=0, max=10**9)
+    temperature: float = option(0.8, "below 1 safer, above 1 wilder, 0 always the likeliest", min=0)
+    top_k: int = option(200, "sample from the k likeliest tokens; 0 from all", min=0)
+    top_p: float = option(
+        1.0, "sample from the likeliest tokens that reach p together", min=0, max=1
+    )
+    stop: str = option("", "end a text where this string appears; it is not printed")
+    seed: int = option(1337, "same seed, same texts", min=0, max=2**32 - 1)
+
+
+class TextStream:
+    """One text as its tokens arrive: whole characters only, up to its end or the stop string.
+
+    reverses_answers: show the completion as `plain_answer` does, once all of it is there.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, stop: str, reverses_answers: bool = False):
+        self._end_of_text = tokenizer.end_of_text
+        self._reverses_answers = reverses_answers
+        self._completion = ""  # kept until it can be reversed
+        self._decoder = tokenizers.StreamDecoder(tokenizer)
+        self._stop = stop
+        self._pending = ""  # may still turn out to begin the stop string
+        self.is_done = False
+
+    def feed(self, token: int) -> str:
+        """-> the text that is now certain to be part of the sample."""
+        if token == self._end_of_text:
+            return self.finish()
+        text = "" if self.is_done else self._release(self._decoder.feed([token]))
+        if not self._reverses_answers:
+            return text
+        self._completion += text
+        return ""
+
+    def finish(self) -> str:
+        """-> what was held back. Nothing follows."""
+        text = "" if self.is_done else self._release(self._decoder.finish()) + self._pending
+        self.is_done, self._pending = True, ""
+        if self._reverses_answers:
+            text, self._completion = plain_answer(self._completion + text), ""
+        return text
+
+    def _release(self, text: str) -> str:
+        text = self._pending + text
+        before, found, _ = text.partition(self._stop) if self._stop else (text, "", "")
+        if found:
+            self.is_done, self._pending = True, ""
+            return before
+        n_held = next(
+            (n for n in range(len(self._stop) - 1, 0, -1) if text.endswith(self._stop[:n])), 0
+        )
+        self._pending = text[len(text) - n_held :]
+        return text[: len(text) - n_held]
+
+
+def read_prompt(start: str) -> str:
+    """The text itself, or the contents of the file that `FILE:path` names."""
+    text = start
+    if start.startswith("FILE:"):
+        path = Path(start.removeprefix("FILE:"))
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except OSError as error:
+            raise InputError(f"prompt file {path}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"prompt file {path} is not UTF-8 at byte {error.start}") from None
+    if not text:
+        raise InputError("the prompt is empty: give --start=TEXT with at least one character")
+    return text
+
+
+def sample_tokens(decoder: Decoder, ids, options: SampleOptions, first: int = 0):
+    """ids (T,) -> yields lists of `num_samples` new tokens, one for each text from `first` on.
+
+    Text i has random numbers of its own, drawn from (seed, i), so it does not depend on how many
+    others there are. Raises RunError when the scores are not finite.
+    """
+    device = next(decoder.model.parameters()).device
+    n = options.num_samples
+    idx = torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(device).expand(n, -1)
+    rngs = [np.random.default_rng([options.seed, i]) for i in range(first, first + n)]
+
+    def uniform():
+        return torch.tensor([rng.random(dtype=np.float32) for rng in rngs], device=device)
+
+    steps = generate(
+        decoder,
+        idx,
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        uniform=uniform,
+    )
+    for step in steps:
+        tokens = step.tolist()
+        if max(tokens) >= decoder.vocab_size:  # probabilities of NaN
+            raise RunError("the model's scores are not finite: choose a sounder checkpoint")
+        yield tokens
+
+
+def stream_text(
+    decoder: Decoder,
+    tokenizer: tokenizers.Tokenizer,
+    prompt: str,
+    options: SampleOptions,
+    number: int,
+    reverses_answers: bool = False,
+) -> Iterator[str]:
+    """Yield one text piece by piece, the prompt first; number 0 is the first that a run shows.
+
+    Raises InputError for a prompt that does not fit the vocabulary.
+    """
+    stream = TextStream(tokenizer, options.stop, reverses_answers)
+    ids = tokenizers.encode_prompt(tokenizer, prompt)
+    yield prompt
+    one = dataclasses.replace(options, num_samples=1)
+    for [token] in sample_tokens(decoder, ids, one, first=number):
+        yield stream.feed(token)
+        if stream.is_done:
+            return
+    yield stream.finish()

@@ -1,0 +1,85 @@
+"""What cannot work is refused before a run starts, with every reason at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from quill.data import tokenizers
+from quill.errors import InputError
+from quill.training import devices, distributed
+from quill.training.checkpoint import LATEST, differences
+from quill.training.models import BigramConfig, config_from_dict, config_to_dict, count_parameters
+
+
+def check_processes(config, device: torch.device, dtype: torch.dtype, compiles: bool) -> None:
+    """Raises InputError with every option that several processes do not support."""
+    n = distributed.world_size()
+    if n == 1:
+        return
+    problems = []
+    if config.gradient_accumulation_steps % n and config.batch_size % n:
+        problems.append(
+            f"neither gradient_accumulation_steps={config.gradient_accumulation_steps} nor "
+            f"batch_size={config.batch_size} can be divided by {n} processes"
+        )
+    if device.type == "mps":
+        problems.append("several processes need CUDA devices or CPUs")
+    if compiles and config.compile_mode == "reduce-overhead":
+        problems.append("compile_mode=reduce-overhead is for one process")
+    if config.parallel == "fsdp":
+        if config.optimizer == "muon":
+            problems.append("Muon needs whole matrices: take optimizer=adamw or parallel=ddp")
+        if config.sample_at_eval:
+            problems.append("sample_at_eval needs all of the model in one process: parallel=ddp")
+        if dtype == torch.float16:
+            problems.append("parallel=fsdp has no loss scaling: take bfloat16 or float32")
+    if problems:
+        raise InputError("; ".join(problems))
+
+
+def check_resume(config, data, model_config, saved: dict) -> None:
+    """Raises InputError with every difference that makes the checkpoint unusable."""
+    path = Path(config.out_dir, LATEST)
+    try:
+        then = config_to_dict(config_from_dict(saved["model_config"]))
+    except (ValueError, TypeError, LookupError) as error:
+        raise InputError(f"{path} is not usable for a resume: {error}") from None
+    then |= {"optimizer": saved["config"].get("optimizer")}
+    now = config_to_dict(model_config) | {"optimizer": config.optimizer}
+    different = differences(then, now, free={"dropout", "init_std"})
+    tokenizer = tokenizers.from_json(saved["tokenizer"], str(path))
+    if tokenizer.to_json() != data.tokenizer.to_json():
+        different.append(f"dataset {config.dataset!r} now has another tokenizer")
+    if saved.get("text_sha256") != data.meta.sha256:
+        different.append(f"dataset {config.dataset!r} is now made of another text")
+    if different:
+        raise InputError(
+            f"{path} cannot be resumed: {', '.join(different)}; leave these options out, or "
+            "start a new run in another --out_dir"
+        )
+    if saved["step"] > config.max_iters:
+        raise InputError(f"max_iters={config.max_iters} lies before step {saved['step']} of {path}")
+
+
+def check_start(config, data, start) -> None:
+    """Raises InputError when the weights to start from are for another tokenizer."""
+    if start.tokenizer is not None and start.tokenizer.to_json() != data.tokenizer.to_json():
+        raise InputError(
+            f"dataset {config.dataset!r} has another tokenizer than {config.init_from}: "
+            "prepare it with that one, by --tokenizer"
+        )
+    if data.meta.vocab_size > start.config.vocab_size:
+        raise InputError(
+            f"dataset {config.dataset!r} has {data.meta.vocab_size:,} tokens, more than the "
+            f"{start.config.vocab_size:,} of {config.init_from}"
+        )
+
+
+def check_memory(model_config, device: torch.device) -> None:
+    """Raises InputError for a model that this machine cannot hold, before it is allocated."""
+    sizes = f"a vocabulary of {model_config.vocab_size:,}"
+    if not isinstance(model_config, BigramConfig):
+        sizes = f"n_layer={model_config.n_layer}, n_embd={model_config.n_embd} and {sizes}"
+    devices.refuse_larger_than_memory(count_parameters(model_config), sizes, device)

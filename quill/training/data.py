@@ -1,0 +1,51 @@
+"""The dataset of a run, opened by all of its processes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from quill.data import dataset_files, tokenizers
+from quill.data.dataset import Split
+from quill.errors import InputError
+from quill.files import dataset_folder
+from quill.training import distributed
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    meta: dataset_files.Meta
+    tokenizer: tokenizers.Tokenizer
+    train: Split
+    val: Split
+
+
+def open_dataset(name: str, block_size: int, device: torch.device) -> Data:
+    """Raises InputError when data/<name> is missing, damaged, or too short for block_size."""
+    folder = dataset_folder(name)
+    if distributed.is_local_main():
+        meta, bins = dataset_files.read(folder)
+    distributed.barrier()  # the first may have had to finish what a killed prepare.py left
+    if not distributed.is_local_main():
+        meta, bins = dataset_files.read(folder, verify=False)
+    if distributed.broadcast_object(meta) != meta:
+        raise InputError(f"{folder} is not the same on all machines; prepare it from one text")
+    tokenizer = tokenizers.from_json(meta.tokenizer, str(folder / "meta.json"))
+    if tokenizer.vocab_size != meta.vocab_size:
+        raise InputError(
+            f"{folder / 'meta.json'}: vocab_size={meta.vocab_size}, but its tokenizer has "
+            f"{tokenizer.vocab_size}; prepare the dataset again"
+        )
+    train, val = (
+        Split(
+            bins[split],
+            bins.get(f"{split}.mask"),
+            meta.vocab_size,
+            block_size,
+            device,
+            folder / f"{split}.bin",
+        )
+        for split in dataset_files.SPLITS
+    )
+    return Data(meta, tokenizer, train, val)

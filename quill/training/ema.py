@@ -1,0 +1,50 @@
+"""An exponential moving average of the weights. Polyak & Juditsky 1992."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from quill.training.distributed import to_local
+
+
+class EMA:
+    """The average of a model's weights over the steps; with decay 0 there is none.
+
+    swa_utils.AveragedModel would make a copy of the module, which torch.compile would compile a
+    second time, and count its updates on the CPU, so that a decay that depends on the step would
+    wait for the device. Only its update rule is used.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float):
+        self.weights = [p.detach() for p in model.parameters()] if decay else []
+        self.decay = decay
+        self.restart()
+
+    def restart(self) -> None:
+        """From the present weights."""
+        self.average = [p.clone() for p in self.weights]
+
+    def update(self, step: int) -> None:
+        """After the update of this step, counted from 0. The decay starts low: 1/10, 2/11, ..."""
+        if self.weights:
+            decay = min(self.decay, (1 + step) / (10 + step))
+            get_ema_multi_avg_fn(decay)(self.average, self.weights, step)
+
+    @contextlib.contextmanager
+    def as_weights(self):
+        """In the block the model has the averaged weights."""
+        weights = [to_local(p) for p in self.weights]
+        latest = [p.clone() for p in weights]
+        copy_all(weights, [to_local(a) for a in self.average])
+        try:
+            yield
+        finally:
+            copy_all(weights, latest)
+
+
+def copy_all(targets: list, sources: list) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)

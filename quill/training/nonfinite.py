@@ -1,0 +1,51 @@
+"""Steps whose loss or gradient is not finite: skipped on the device, found out about later."""
+
+from __future__ import annotations
+
+import torch
+
+from quill.errors import RunError
+
+
+class NonFiniteGuard:
+    """Remembers on the device which steps were not finite, so that no step waits for it.
+
+    The first skip_nonfinite of them are skipped. The next one ends the run, at the next log line or
+    evaluation; until then every update is skipped, so that the weights stay as they were.
+    """
+
+    def __init__(self, config, device: torch.device):
+        self.n_allowed, self.learning_rate = config.skip_nonfinite, config.learning_rate
+        self.slots = torch.arange(self.n_allowed + 1, device=device)
+        self.bad_steps = torch.zeros_like(self.slots)  # numbered from 1; 0 is an empty slot
+
+    def restore(self, skipped_steps: list[int]) -> None:
+        """Those of a run that is resumed."""
+        known = skipped_steps[: self.n_allowed]
+        self.bad_steps[: len(known)] = torch.tensor(known, dtype=torch.int64)
+
+    def check(self, loss, grad_norm, step: int):
+        """-> a number on the device, above 0 when the update of this step must be skipped."""
+        is_bad = ~torch.isfinite(loss + grad_norm)
+        is_over = self.bad_steps[-1] > 0
+        next_slot = self.slots == (self.bad_steps > 0).sum()
+        self.bad_steps.masked_fill_(next_slot & is_bad, step)
+        return (is_bad | is_over).float()
+
+    def report(self, known: list[int], log) -> None:
+        """Log the steps skipped since the last call and append them to `known`.
+
+        Waits for the device. Raises RunError when they are too many.
+        """
+        bad_steps = [step for step in self.bad_steps.tolist() if step > 0]
+        for step in bad_steps[: self.n_allowed]:
+            if step not in known:
+                known.append(step)
+                log.skipped(step, len(known), self.n_allowed)
+        if len(bad_steps) > self.n_allowed:
+            raise RunError(
+                f"the loss or its gradient was not finite at step {bad_steps[-1]}; stopped before "
+                "that update, nothing was saved since: lower learning_rate "
+                f"({self.learning_rate}), raise warmup_iters, set grad_clip=1.0, or allow more "
+                f"than skip_nonfinite={self.n_allowed}"
+            )

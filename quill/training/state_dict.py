@@ -1,0 +1,128 @@
+"""State dicts with full tensors, whatever the number of processes.
+
+All processes call these functions, and what is saved is the same as in a run of one process. They
+are apart from checkpoint.py because sampling needs no torch.distributed, which takes a second to
+import.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+
+from quill.errors import InputError
+from quill.training import distributed
+from quill.training.checkpoint import MISFITS, Progress
+from quill.training.devices import is_out_of_memory
+from quill.training.ema import EMA
+from quill.training.nonfinite import NonFiniteGuard
+
+
+def model_state_dict(model: torch.nn.Module) -> dict:
+    """Full tensors; of several processes, only rank 0 has them. A tied head shares its storage."""
+    is_several = distributed.world_size() > 1
+    options = StateDictOptions(full_state_dict=True, cpu_offload=is_several)
+    weights = get_model_state_dict(model, options=options)
+    if weights and getattr(model.config, "tied_head", False):
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    return weights
+
+
+def training_state(optimizers: list, ema: EMA, scaler: torch.amp.GradScaler) -> dict:
+    """What a resume needs beside the weights; no random state, which each step derives anew."""
+    return {
+        "optimizers": [full_tensors(optimizer.state_dict()) for optimizer in optimizers],
+        "average": full_tensors(ema.average),
+        "scaler": scaler.state_dict(),
+    }
+
+
+def load_training_state(
+    saved: dict,
+    model: torch.nn.Module,
+    optimizers: list,
+    ema: EMA,
+    scaler: torch.amp.GradScaler,
+    guard: NonFiniteGuard,
+) -> Progress:
+    """Put a checkpoint's state into these; raises InputError when it does not fit them."""
+    try:
+        progress = Progress.from_checkpoint(saved)
+        load_model_state_dict(model, saved["model"])
+        ema.restart()  # from these weights, for a checkpoint that has no average
+        if ema.average and saved["average"]:
+            load_tensors(ema.average, saved["average"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            load_optimizer_state(optimizer, state, has_stepped=progress.step > 0)
+        if scaler.is_enabled():
+            load_scaler_state(scaler, saved["scaler"])
+        guard.restore(progress.skipped_steps)
+    except MISFITS as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"the checkpoint is not usable for a resume: {error}") from None
+    return progress
+
+
+def load_model_state_dict(model: torch.nn.Module, weights: dict) -> None:
+    """Raises one of `MISFITS` when they are not the weights of that model."""
+    if model.state_dict().keys() != weights.keys():
+        raise ValueError("its weights are not the model's")
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+
+
+# PyTorch's get_optimizer_state_dict is of no use for the moments: it gives an optimizer that has
+# not stepped a state by stepping it, so that saving at step 0 would change the training.
+
+
+def full_tensors(value):
+    """The same tree with every tensor full; of several processes, only rank 0 keeps them."""
+    if isinstance(value, dict):
+        return {name: full_tensors(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(full_tensors(part) for part in value)
+    if not torch.is_tensor(value) or distributed.world_size() == 1:
+        return value
+    value = distributed.full_tensor(value)
+    return value.cpu() if distributed.is_main() else None
+
+
+@torch.no_grad()
+def load_tensors(targets: list, saved: list) -> None:
+    """Copy full tensors into those of a model; raises ValueError when a shape differs."""
+    for target, tensor in zip(targets, saved, strict=True):
+        if target.shape != tensor.shape:
+            raise ValueError(f"a tensor of shape {tuple(tensor.shape)} does not fit the model")
+        shard = distributed.to_local(distributed.shard_like(tensor, target))
+        distributed.to_local(target).copy_(shard)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict, has_stepped: bool) -> None:
+    """Load the moments; learning rates and weight decay stay those of the present options.
+
+    Raises ValueError when a moment is missing or has another shape than its parameter, which the
+    fused kernels do not check.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [saved["state"].get(i, {}) for i in range(len(params))]
+    for p, state in zip(params, states, strict=True):
+        fits = all(torch.is_tensor(t) and t.shape in ((), p.shape) for t in state.values())
+        if not fits or state.keys() != states[0].keys() or (has_stepped and not state):
+            raise ValueError("its optimizer state does not fit the model")
+    moments = {
+        i: {name: distributed.shard_like(tensor, p) for name, tensor in state.items()}
+        for i, (p, state) in enumerate(zip(params, states, strict=True))
+        if state
+    }
+    present = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": present})
+
+
+def load_scaler_state(scaler: torch.amp.GradScaler, saved: dict) -> None:
+    if not all(type(value) in (int, float) and value >= 0 for value in saved.values()):
+        raise ValueError("its loss scale is not usable")
+    scaler.load_state_dict(saved)

@@ -1,0 +1,80 @@
+"""The losses of runs over their steps, from metrics.jsonl. No torch is needed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from quill.errors import InputError
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; raises InputError for one without an evaluation."""
+    try:
+        # After the last line end there is nothing, or a line cut short by a kill.
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); check --out_dir") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if record.get("loss", 0) is None:
+                del record["loss"]  # the step's update was skipped
+            names = ("train_loss", "val_loss", "loss", "lr")
+            numbers = [record[name] for name in names if name in record]
+            if type(record["step"]) is not int or not all(type(x) is float for x in numbers):
+                raise ValueError("no step with losses")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise InputError(f"{path}, line {number}: not a line of metrics; remove it") from None
+        records.append(record)
+    if not evaluations(records):
+        raise InputError(f"{path} holds no evaluation yet")
+    return records
+
+
+def evaluations(records: list[dict]) -> list[dict]:
+    return [record for record in records if {"train_loss", "val_loss"} <= record.keys()]
+
+
+def draw_losses(runs: dict[str, list[dict]]):
+    """A figure: the losses of each run, with a star at its lowest val loss, above learning rates.
+
+    runs: what `read_metrics` gave, by name.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    for i, (name, records) in enumerate(runs.items()):
+        color = colormaps["viridis"](0.8 * i / max(1, len(runs) - 1))  # dark to light, in grey too
+        draw_run(above, records, color, f"{name}: " if len(runs) > 1 else "", is_first=i == 0)
+        below.plot(*columns(records, "lr"), color=color)
+    above.set(ylabel="loss (nats per token)")
+    below.set(xlabel="step", ylabel="learning rate")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    above.legend()
+    return figure
+
+
+def draw_run(axes, records: list[dict], color, title: str, is_first: bool) -> None:
+    steps, losses = columns(evaluations(records), "val_loss")
+    best = losses.index(min(losses))
+    labels = {"loss": "batch", "train_loss": "train"} if is_first else {}
+    styles = {"loss": {"alpha": 0.35, "linewidth": 0.8}, "train_loss": {"linestyle": "--"}}
+    for name, style in styles.items():
+        axes.plot(*columns(records, name), color=color, label=labels.get(name), **style)
+    axes.plot(
+        *(steps, losses, "-*"),
+        **{"color": color, "markevery": [best], "markersize": 14, "markeredgecolor": "white"},
+        label=f"{title}val, best {losses[best]:.4f} at step {steps[best]}",
+    )
+
+
+def columns(records: list[dict], name: str) -> tuple[list, list]:
+    """The steps and the values of the records that have a value of that name."""
+    found = [record for record in records if name in record]
+    return [record["step"] for record in found], [record[name] for record in found]
