@@ -102,13 +102,13 @@ def rotate(x, rotary):
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin  # roll swaps the halves
 
 
-def attention_dtype(x) -> torch.dtype:
+def attention_dtype(x, on_cpu: torch.dtype = torch.float32) -> torch.dtype:
     """The dtype of queries and keys: that of x, but on a CPU at least float32.
 
-    On a CPU PyTorch's bfloat16 attention takes 3 times as long in the backward pass, and 4 times
-    for a single query.
+    There PyTorch's bfloat16 attention takes 3 times as long in the backward pass, and 4 times for a
+    single query.
     """
-    return torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+    return torch.promote_types(x.dtype, on_cpu) if x.device.type == "cpu" else x.dtype
 
 
 def attend(q, k, v, **options):
@@ -132,6 +132,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
+        self.dropout, self.dtype_on_cpu = config.dropout, torch.float32
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -142,7 +143,7 @@ class CausalSelfAttention(nn.Module):
         nh, hs = self.config.n_head, self.config.head_size
         # q and k stay one tensor of 2 nh heads up to the end: half as many small operations.
         qk, v = self.c_attn(x).view(B, T, 3 * nh, hs).split((2 * nh, nh), dim=2)
-        qk = qk.to(attention_dtype(qk))
+        qk = qk.to(attention_dtype(qk, self.dtype_on_cpu))
         if self.config.qk_norm:  # Henry et al. 2020
             qk = F.rms_norm(qk, (hs,))
         if rotary is not None:
@@ -163,7 +164,7 @@ class CausalSelfAttention(nn.Module):
             v,
             attn_mask=mask,
             is_causal=mask is None and T > 1,
-            dropout_p=self.config.dropout if self.training else 0.0,
+            dropout_p=self.dropout if self.training else 0.0,
         )  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C).to(dtype)
         return self.resid_dropout(self.c_proj(y))

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 
 BATCH_SIZE = 16  # 64 in the lecture
 BLOCK_SIZE = 64  # 256: the longest context, in tokens
-N_EMBD = 64  # 384
+N_EMBD = 96  # 384
 N_HEAD = 4  # 6
-N_LAYER = 4  # 6
+N_LAYER = 3  # 6
 DROPOUT = 0.0  # 0.2: against overfitting, when training sees the text many times
-LEARNING_RATE = 1e-3  # 3e-4
+LEARNING_RATE = 3e-3  # 3e-4
 N_STEPS = 2000  # 5000
 EVAL_INTERVAL = 250  # 500 steps
 EVAL_ITERS = 50  # 200 batches of each split

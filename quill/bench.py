@@ -1,50 +1,58 @@
 """Measure a config on this machine, or plan its training without running it.
 
 Usage:
-    python bench.py [config/NAME.py] [--key=value ...]     any option of train.py
-    python bench.py config/NAME.py --plan --devices=8
+    python -m quill.bench [config/NAME.py] [--key=value ...]     any option of train.py
+    python -m quill.bench config/NAME.py --plan --devices=8
 """
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import dataclasses
 import json
 import statistics
 import time
 from pathlib import Path
 
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+import train
+from model import GPT, generate
 from quill import settings
-from quill.data import dataset
+from quill.data import dataset_files
 from quill.errors import InputError, run_command
 from quill.files import atomic_write, dataset_folder
+from quill.sampling.decoder import Decoder
 from quill.settings import option
-from train import TrainConfig
+from quill.training import devices
+from quill.training.distributed import refuse_several_processes
+from quill.training.models import build, config_from_options
+from quill.training.optimizers import make_optimizers
 
-N_GROUPS = 10  # the timed steps are split into so many; the spread is that of their means
+N_GROUPS = 10  # the timed steps are split into so many; lowest and highest are those of their means
 SAMPLE_COUNTS = (1, 10, 64)
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchConfig(TrainConfig):
+class BenchConfig(train.TrainConfig):
     """train.py's options, and these."""
 
     warmup_steps: int = option(10, "training steps before the timed ones", min=1)
     timed_steps: int = option(100, "training steps to time", min=N_GROUPS)
     json: str = option("", "a file to write the figures to as well")
     plan: bool = option(False, "estimate memory and time, train nothing")
-    devices: int = option(1, "plan: how many share a step", min=1)
+    devices: int = option(1, "plan: how many devices share a step", min=1)
     peak_tflops: float = option(989.0, "plan: matrix rate of each, 989 for an H100", min=1e-6)
-    assumed_mfu: float = option(0.4, "plan: share of that rate which is reached", min=1e-6, max=1)
+    assumed_mfu: float = option(0.4, "plan: fraction of that rate that is reached", min=1e-6, max=1)
     vocab_size: int = option(0, "plan: 0 is the prepared dataset's", min=0, max=10**7)
 
 
 def main(argv: list[str]) -> int:
     started = time.perf_counter()
     config = settings.load(BenchConfig, argv, usage=__doc__)
-    from quill.training import devices  # and torch, for which a user waits as well
-
-    devices.refuse_several_processes()
+    refuse_several_processes()
     if config.json and not Path(config.json).parent.is_dir():
         raise InputError(f"json={config.json}: there is no such folder")
     with devices.out_of_memory_advice(f"lower batch_size={config.batch_size}"):
@@ -74,44 +82,37 @@ def measure(config: BenchConfig, started: float) -> dict:
 
     started: the time.perf_counter() from which start-up counts.
     """
-    import torch
-
-    from quill.training import devices
-    from quill.training.trainer import Trainer
-
-    trainer = Trainer(config)
+    run = train.setup(config)
     start_up_s = time.perf_counter() - started
     figures = {
-        "device": devices.describe(trainer.device),
+        "device": devices.describe(run.device),
         "torch": torch.__version__,
-        "dtype": str(trainer.dtype).removeprefix("torch."),
-        "compiled": trainer.compiles,
-        "parameters": trainer.model.n_parameters(),
-        "flops_per_token": int(trainer.model.flops_per_token()),
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "compiled": run.compiles,
+        "parameters": run.model.n_parameters(),
+        "flops_per_token": int(run.model.flops_per_token()),
         "tokens_per_step": config.tokens_per_step,
         "start_up_s": start_up_s,
     }
-    figures |= _time_training(trainer)
-    figures["peak_memory_MB"] = devices.peak_memory_bytes(trainer.device) / 1e6
-    return figures | _time_sampling(trainer)
+    figures |= _time_training(run)
+    figures["peak_memory_MB"] = devices.peak_memory_bytes(run.device) / 1e6
+    return figures | _time_sampling(run)
 
 
-def _time_training(trainer) -> dict:
-    from quill.training import devices
-
-    first_step_ms = _ms(trainer.device, trainer.train_step)
-    for _ in range(trainer.config.warmup_steps - 1):
-        trainer.train_step()
-    group = range(trainer.config.timed_steps // N_GROUPS)
+def _time_training(run: train.Run) -> dict:
+    first_step_ms = _ms(run.device, lambda: train.train_step(run))
+    for _ in range(run.config.warmup_steps - 1):
+        train.train_step(run)
+    group = range(run.config.timed_steps // N_GROUPS)
     times_ms = [
-        _ms(trainer.device, lambda: [trainer.train_step() for _ in group]) / len(group)
+        _ms(run.device, lambda: [train.train_step(run) for _ in group]) / len(group)
         for _ in range(N_GROUPS)
     ]
-    trainer.settle_bad_steps()
+    run.guard.report(run.progress.skipped_steps, run.log)
     median = statistics.median(times_ms)
-    tokens_per_s = 1000 * trainer.config.tokens_per_step / median
-    flops_per_s = tokens_per_s * trainer.model.flops_per_token()
-    peak = devices.peak_flops(trainer.device, trainer.dtype)
+    tokens_per_s = 1000 * run.config.tokens_per_step / median
+    flops_per_s = tokens_per_s * run.model.flops_per_token()
+    peak = devices.peak_flops(run.device, run.dtype)
     return {
         "first_step_ms": first_step_ms,  # compiling included
         "ms_per_step": median,
@@ -123,50 +124,39 @@ def _time_training(trainer) -> dict:
     }
 
 
-def _time_sampling(trainer) -> dict:
+def _time_sampling(run: train.Run) -> dict:
     """Prefill of one full window, then decoding from one token on, as sample.py does it.
 
     Decoding is compiled where the training is.
     """
-    import copy
-
-    import torch
-
-    from model import KVCache, generate
-    from quill.training import devices
-
-    device, block_size = trainer.device, trainer.config.block_size
-    model = copy.deepcopy(trainer.model).eval().to(trainer.dtype)
-    read_one = devices.compiled_decoding(model) if trainer.compiles else None
+    device, block_size = run.device, run.config.block_size
+    model = copy.deepcopy(run.model).eval().to(run.dtype)
+    decoder = Decoder(model, model.config.vocab_size, run.compiles)
     figures = {}
     for n in SAMPLE_COUNTS:
         idx = torch.zeros(n, block_size, dtype=torch.int64, device=device)
 
         @torch.inference_mode()
         def prefill(idx=idx):
-            model(idx, cache=KVCache(model, len(idx)), last_only=True)
+            model(idx, cache=model.new_cache(len(idx)), last_only=True)
 
         def decode(idx=idx):
-            noise = (torch.rand(len(idx)).to(device) for _ in range(block_size))
-            for tokens in generate(model, idx[:, :1], noise, top_k=200, read_one=read_one):
+            for tokens in generate(decoder, idx[:, :1], block_size, top_k=200):
                 tokens.tolist()  # they are to be printed
 
         for work in (prefill, decode):
-            with devices.fast_decoding(model):
-                work()  # warms up
-                median = statistics.median(_ms(device, work) for _ in range(3))
+            work()  # warms up
+            median = statistics.median(_ms(device, work) for _ in range(3))
             figures[f"{work.__name__}_{n}_tokens_per_s"] = 1000 * n * block_size / median
     return figures
 
 
-def _ms(device, work) -> float:
+def _ms(device: torch.device, work) -> float:
     """Milliseconds until the device has finished `work()`."""
-    from quill.training import devices
-
-    devices.wait_for(device)
+    devices.synchronize(device)
     started = time.perf_counter()
     work()
-    devices.wait_for(device)
+    devices.synchronize(device)
     return 1000 * (time.perf_counter() - started)
 
 
@@ -175,8 +165,6 @@ def _ms(device, work) -> float:
 
 def plan(config: BenchConfig) -> dict:
     """What the training would take, from shapes alone."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     rows = config.gradient_accumulation_steps * config.batch_size
     if rows % config.devices:
         raise InputError(
@@ -200,33 +188,23 @@ def plan(config: BenchConfig) -> dict:
 def _plan_memory(config: BenchConfig, rows: int) -> tuple:
     """-> the model, MB by kind on one device that takes `rows` windows of a step.
 
-    The memory of the highest moment is less than the sum: gradients come as activations go. Of a
+    The memory of the highest moment is less than the sum: gradients come as activations go. For a
     GPU unless device=cpu: matrix products in bfloat16, and attention without float32 or dropout
     masks. Without torch.compile, which keeps fewer activations, and without the dataset.
     """
-    from unittest import mock
-
-    import torch
-
-    from model import build
-    from quill.training import devices
-    from quill.training.optimizers import make_optimizers
-    from quill.training.trainer import model_config
-
-    vocab_size = config.vocab_size or dataset.read(dataset_folder(config.dataset))[0].vocab_size
-    model = build(model_config(config, vocab_size))
+    folder = dataset_folder(config.dataset)
+    vocab_size = config.vocab_size or dataset_files.read(folder)[0].vocab_size
+    model = build(config_from_options(config, vocab_size))
     is_gpu = config.device != "cpu"
     name = "bfloat16" if is_gpu and config.dtype == "auto" else config.dtype
     dtype = devices.pick_dtype(name, torch.device("cpu"))
+    if is_gpu and isinstance(model, GPT):  # whose attention keeps its dtype, and no dropout mask
+        for block in model.transformer.h:
+            block.attn.dtype_on_cpu, block.attn.dropout = torch.bfloat16, 0.0
     optimizers = make_optimizers(model, config, dtype)
     batch_size = min(rows, config.batch_size)
     idx = torch.zeros(batch_size, config.block_size, dtype=torch.int64)
-    as_on_a_gpu = contextlib.nullcontext()
-    if is_gpu:
-        model.config.dropout = 0.0  # what attention reads; the Dropout modules keep theirs
-        as_on_a_gpu = mock.patch("model.attention_dtype", lambda x: x.dtype)
-    with as_on_a_gpu:
-        peak = _peak_of_a_step(model, optimizers, idx, rows > batch_size, dtype)
+    peak = _peak_of_a_step(model, optimizers, idx, rows > batch_size, dtype)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     average = weights if config.average_decay else 0
     n_bytes = {
@@ -241,11 +219,6 @@ def _plan_memory(config: BenchConfig, rows: int) -> tuple:
 
 def _peak_of_a_step(model, optimizers, idx, accumulates: bool, dtype) -> dict:
     """-> bytes at the highest moment, by the kinds of PyTorch's tracker."""
-    import torch
-    from torch.distributed._tools.mem_tracker import MemTracker
-
-    from quill.training import devices
-
     device = torch.device("cpu")
     tracker = MemTracker()
     tracker.track_external(model, *optimizers)

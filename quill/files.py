@@ -80,7 +80,7 @@ def _give_second_name(path: Path, name: Path) -> None:
 def finish_atomic_write(*paths: Path, verify) -> None:
     """Rename the files of an `atomic_write` that was killed after it had written all of them.
 
-    They are complete when `verify` accepts the last one. Raises `InputError` while one is under way.
+    They are complete when `verify` accepts the last. Raises `InputError` if one is under way.
     """
     if paths[-1].exists() or not verify(_temporary(paths[-1])):
         return

@@ -1,4 +1,4 @@
-"""Fixtures: a generated text, a folder to work in, a prepared dataset, a command in this process."""
+"""Fixtures: a generated text, a working folder, a prepared dataset, a command in this process."""
 
 from __future__ import annotations
 

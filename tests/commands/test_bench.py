@@ -72,14 +72,13 @@ def test_a_plan_knows_what_else_takes_memory(folder, call):
 
 PEAK = """
 import sys
-import runtime, settings
-from train import TrainConfig
-from quill.training.trainer import Trainer
-import torch
-trainer = Trainer(settings.load(TrainConfig, sys.argv[1:], usage=""))
+import train
+from quill import settings
+from quill.training import devices
+run = train.setup(settings.load(train.TrainConfig, sys.argv[1:], usage=""))
 for _ in range(2):
-    trainer.train_step()
-print(devices.peak_memory_bytes(trainer.device) / 1e6)
+    train.train_step(run)
+print(devices.peak_memory_bytes(run.device) / 1e6)
 """
 
 

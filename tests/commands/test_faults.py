@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
-from helpers import REPO, TINY, command, is_one_error_line
+from helpers import TINY, command, command_line, environment, is_one_error_line, same_run
 
-from quill.data import dataset
+from quill.data import dataset_files
 from quill.errors import InputError
 from quill.training import checkpoint
+from quill.training.checkpoint import load_checkpoint
 
 slow = pytest.mark.slow
 
@@ -35,9 +33,7 @@ def counts(short: int, long: int):
 
 def start(script: str, *argv: str, **options) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    line = [sys.executable, REPO / f"{script}.py", *argv]
-    return subprocess.Popen(line, env=environment, **pipes | options)
+    return subprocess.Popen(command_line(script, *argv), env=environment(), **pipes | options)
 
 
 def is_writing(folder: str) -> bool:
@@ -52,37 +48,13 @@ def wait_until(run: subprocess.Popen, condition, seconds: float = 60) -> bool:
     return run.poll() is None
 
 
-def same_run(whole: str, parts: str) -> None:
-    """The weights, the optimizer and the metrics of one run are those of the other."""
-    saved = [checkpoint.load(Path(d, "ckpt.pt"), for_resume=True) for d in (whole, parts)]
-    flat = [flat_tensors([s["model"], s["optimizers"], s["average"]]) for s in saved]
-    assert len(flat[0]) == len(flat[1]) > 4
-    assert all(torch.equal(a, b) for a, b in zip(*flat, strict=True))
-    best = [checkpoint.load(Path(d, "best.pt"))["model"] for d in (whole, parts)]
-    assert all(torch.equal(best[0][name], best[1][name]) for name in best[0])
-    assert losses_of(whole) == losses_of(parts)
-
-
-def flat_tensors(value) -> list:
-    if isinstance(value, dict):
-        value = [value[name] for name in sorted(value)]
-    if isinstance(value, (list, tuple)):
-        return [tensor for part in value for tensor in flat_tensors(part)]
-    return [value] if torch.is_tensor(value) else []
-
-
-def losses_of(out_dir: str) -> list:
-    lines = map(json.loads, Path(out_dir, "metrics.jsonl").read_text().splitlines())
-    return [(line["step"], line.get("loss"), line.get("val_loss")) for line in lines]
-
-
 def is_whole(out_dir: str) -> bool:
     """Whether what the run had saved is there: read as a resume would, from whatever is there."""
     paths = [Path(out_dir, name) for name in ("ckpt.pt", "ckpt.previous.pt")]
     if not any(path.exists() for path in paths):
         return False
     for path in filter(Path.exists, [*paths, Path(out_dir, "best.pt")]):
-        checkpoint.load(path, for_resume=path.name != "best.pt")  # raises when it is not whole
+        load_checkpoint(path, for_resume=path.name != "best.pt")  # raises when it is not whole
     return True
 
 
@@ -135,7 +107,9 @@ def test_prepare_killed_at_random_moments(folder, n_faults, text):
         began = time.monotonic()
         assert command("prepare", name, f"--input={name}.txt").returncode == 0
         seconds = time.monotonic() - began
-    expected = {dataset.read_meta(Path(f"data/{name}/meta.json")).sha256: name for name in texts}
+    expected = {
+        dataset_files.read_meta(Path(f"data/{name}/meta.json")).sha256: name for name in texts
+    }
     assert command("prepare", "d", "--input=old.txt").returncode == 0
     found = dict.fromkeys([*texts, "new, of which between two renames"], 0)
     for fault in range(n_faults):
@@ -148,9 +122,9 @@ def test_prepare_killed_at_random_moments(folder, n_faults, text):
         run.kill()
         assert run.communicate()[1] == ""
         found["new, of which between two renames"] += not Path("data/d/meta.json").exists()
-        found[expected[dataset.read(Path("data/d"))[0].sha256]] += 1
+        found[expected[dataset_files.read(Path("data/d"))[0].sha256]] += 1
     assert command("prepare", "d", "--input=new.txt").returncode == 0
-    assert dataset.read(Path("data/d"))[0] == dataset.read(Path("data/new"))[0]
+    assert dataset_files.read(Path("data/d"))[0] == dataset_files.read(Path("data/new"))[0]
     print(f"\n{n_faults} kills of prepare; the dataset was then {found}")
 
 
@@ -217,7 +191,7 @@ def test_a_full_disk_stops_a_run_and_loses_nothing(tiny, call, n_faults):
         for fault in range(n_faults):
             shutil.rmtree("disk/parts", ignore_errors=True)
             assert call("train", *flags, "--out_dir=disk/parts", "--max_iters=10")[0] == 0
-            before = checkpoint.load(Path("disk/parts/ckpt.pt"))["step"]
+            before = load_checkpoint(Path("disk/parts/ckpt.pt"))["step"]
             filler = fill("disk", 0 if fault % 4 == 0 else rng.randrange(4, 1600))
             more = ["--init_from=resume", "--max_iters=40", "--out_dir=disk/parts"]
             done = command("train", *flags, *more)
@@ -228,7 +202,7 @@ def test_a_full_disk_stops_a_run_and_loses_nothing(tiny, call, n_faults):
             else:
                 endings["enough room"] += 1
             assert is_whole("disk/parts") and not is_writing("disk/parts")
-            assert checkpoint.load(Path("disk/parts/ckpt.pt"))["step"] >= before
+            assert load_checkpoint(Path("disk/parts/ckpt.pt"))["step"] >= before
             filler.unlink()
             assert call("train", *flags, *more)[0] == 0
             same_run("whole", "disk/parts")
@@ -243,13 +217,13 @@ def test_a_full_disk_stops_prepare_and_keeps_the_dataset(folder, n_faults, text)
     Path("new.txt").write_text(text[::-1] * 8)
     with small_disk("data", 1024):
         assert command("prepare", "d", "--input=old.txt").returncode == 0
-        before = dataset.read(Path("data/d"))[0]
+        before = dataset_files.read(Path("data/d"))[0]
         for _ in range(n_faults):
             filler = fill("data", rng.randrange(0, 250))
             done = command("prepare", "d", "--input=new.txt")
             assert done.returncode == 1 and is_one_error_line(done.stderr)
             assert "No space left" in done.stderr and not is_writing("data/d")
-            assert dataset.read(Path("data/d"))[0] == before
+            assert dataset_files.read(Path("data/d"))[0] == before
             filler.unlink()
         assert command("prepare", "d", "--input=new.txt").returncode == 0
     print(f"\n{n_faults} full disks in prepare: the old dataset stays, one line")
@@ -285,14 +259,16 @@ def test_a_wrong_bit_or_a_cut_anywhere_is_an_error(tiny, call, name, n):
     small = ["--n_layer=1", "--n_embd=8", "--max_iters=2", "--eval_interval=2"]
     assert call("train", *TINY, *small)[0] == 0
     path = Path("out" if name.endswith(".pt") else "data/tiny", name)
-    meta = dataset.read_meta(Path("data/tiny/meta.json"))
+    meta = dataset_files.read_meta(Path("data/tiny/meta.json"))
     whole, n_tried, same = path.read_bytes(), 0, 0
     for data in damages(whole, random.Random(6), n):
         path.write_bytes(data)
         n_tried += 1
         try:
             read = (
-                checkpoint.load(path) if name.endswith(".pt") else dataset.read(Path("data/tiny"))
+                load_checkpoint(path)
+                if name.endswith(".pt")
+                else dataset_files.read(Path("data/tiny"))
             )
         except InputError:
             continue
@@ -320,8 +296,8 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tiny, call):
 
 def test_only_damage_leads_to_the_one_before_and_only_a_run_moves_it(tiny, call):
     call("train", *TINY)
-    newer = checkpoint.load(Path("out/ckpt.pt")) | {"quill_checkpoint": 99}
-    checkpoint.save(Path("out/ckpt.pt"), newer)
+    newer = load_checkpoint(Path("out/ckpt.pt")) | {"quill_checkpoint": 99}
+    checkpoint.save_checkpoint(Path("out/ckpt.pt"), newer)
     code, _, err = call("train", "--init_from=resume")
     assert code == 2 and "schema version" in err and Path("out/ckpt.pt").exists()
     Path("out/ckpt.pt").write_bytes(b"")
@@ -341,7 +317,7 @@ def test_a_run_never_goes_on_from_another_ones_checkpoint(tiny, call):
 def test_a_checkpoint_that_reads_back_differently_is_not_kept(tiny, call, monkeypatch):
     call("train", *TINY)
     before = Path("out/ckpt.pt").read_bytes()
-    write = checkpoint._Hashed.write
+    write = checkpoint.HashingFile.write
 
     def lossy(self, data):
         if len(data) > 100:  # the disk keeps something else than it was given
@@ -349,7 +325,7 @@ def test_a_checkpoint_that_reads_back_differently_is_not_kept(tiny, call, monkey
             return self.file.write(bytes(len(data)))
         return write(self, data)
 
-    monkeypatch.setattr(checkpoint._Hashed, "write", lossy)
+    monkeypatch.setattr(checkpoint.HashingFile, "write", lossy)
     code, _, err = call("train", *TINY, "--seed=3")
     assert code == 1 and is_one_error_line(err) and "what was read back is not what" in err
     assert Path("out/ckpt.pt").read_bytes() == before

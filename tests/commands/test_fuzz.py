@@ -227,7 +227,7 @@ odd_tensors = st.sampled_from(
 @examples(60, 1500)
 def test_any_checkpoint(made, call, n):
     """One place in it is something else; its checksum is right."""
-    saved = checkpoint.load(Path("made/ckpt.pt"), for_resume=True)
+    saved = checkpoint.load_checkpoint(Path("made/ckpt.pt"), for_resume=True)
     Path("made/best.pt").unlink()
     whole = Path("made/ckpt.pt").read_bytes()
     everywhere = [path for path in places(saved) if path]
@@ -244,7 +244,7 @@ def test_any_checkpoint(made, call, n):
         place[path[-1]] = value
         if path[0] == "config" and path[-1] in UNENDING | UNTOUCHED:
             return  # a good value may make it a long run
-        checkpoint.save(Path("made/ckpt.pt"), changed)
+        checkpoint.save_checkpoint(Path("made/ckpt.pt"), changed)
         argv = ["--out_dir=made", "--num_samples=1", "--max_new_tokens=5", "--device=cpu"]
         codes.append(assert_works_or_refuses(call, "sample", argv))
         argv = ["--out_dir=made", "--init_from=resume", "--max_iters=6", "--compile=false"]
@@ -320,7 +320,7 @@ def forge(path: Path, how: str, where: str, contents: dict) -> None:
 def test_malice_in_a_checkpoint_is_neither_run_nor_unpacked(made, call, how, where):
     Path("payload.py").write_text("open('executed', 'w')")
     torch.save(Call(os.system, "touch executed"), "inner.pt")
-    contents = checkpoint.load(Path("made/ckpt.pt"), for_resume=True)
+    contents = checkpoint.load_checkpoint(Path("made/ckpt.pt"), for_resume=True)
     forge(Path("made/best.pt"), how, where, contents)
     forge(Path("made/ckpt.pt"), how, where, contents)
     Path("made/ckpt.previous.pt").unlink()
@@ -381,14 +381,14 @@ def test_a_small_file_that_claims_much_is_refused(folder, pickled, record, compr
     del record
     peak = peak_megabytes()
     with pytest.raises(errors.InputError, match=r"x\.pt"):
-        checkpoint.load(folder / "x.pt")
+        checkpoint.load_checkpoint(folder / "x.pt")
     assert peak_megabytes() - peak < 200
 
 
 @pytest.mark.parametrize("damage", ["no table of contents", "overlapping parts"])
 def test_an_archive_that_lies_about_its_parts_is_refused(folder, damage):
     archive(folder / "x.pt", pickled_tensor(10, 10), bytes(80))
-    data = (folder / "x.pt").read_bytes()[: -2 - checkpoint._COMMENT_BYTES] + b"\0\0"
+    data = (folder / "x.pt").read_bytes()[: -2 - checkpoint.COMMENT_BYTES] + b"\0\0"
     table = data.index(b"PK\x01\x02")
     if damage == "no table of contents":
         data = data[:table] + data[-22:]
@@ -401,4 +401,4 @@ def test_an_archive_that_lies_about_its_parts_is_refused(folder, damage):
     (folder / "x.pt").write_bytes(data)
     seal(folder / "x.pt")
     with pytest.raises(errors.InputError, match=r"x\.pt"):
-        checkpoint.load(folder / "x.pt")
+        checkpoint.load_checkpoint(folder / "x.pt")

@@ -218,6 +218,7 @@ def test_the_worked_diff_applies_and_its_test_passes(monkeypatch):
         after = "".join(f"{line[1:]}\n" for line in lines)
         assert before == "" or text.count(before) == 1
         changed[path] = text.replace(before, after) if before else f"{text}\n\n{after}"
+    monkeypatch.delitem(sys.modules, "helpers")  # it will import the changed model
     for path, text in changed.items():
         module = types.ModuleType(Path(path).stem)
         monkeypatch.setitem(sys.modules, module.__name__, module)

@@ -6,36 +6,26 @@ import math
 
 import pytest
 import torch
+from helpers import CLASSIC, MODERN, VARIANTS, Uncached, WithFixedCache, random_ids, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import GPT, FixedKVCache, GPTConfig, KVCache, generate, pick, probabilities
-
-CLASSIC = {"bias": True}
-MODERN = {
-    **{"position": "rotary", "norm": "rmsnorm", "qk_norm": True, "mlp": "relu2"},
-    **{"tied_head": False, "residual_init": "zero", "bias": False},
-}
-VARIANTS = pytest.mark.parametrize("switches", [CLASSIC, MODERN, MODERN | {"mlp": "swiglu"}])
-
-
-def tiny(switches, is_random=True, **changes) -> GPT:
-    shape = {"block_size": 8, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16}
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**shape | switches | changes))
-    if is_random:  # so that zero-initialised parts take part
-        for p in model.parameters():
-            torch.nn.init.normal_(p, std=0.3)
-    return model.eval()
-
-
-def random_ids(*shape: int) -> torch.Tensor:
-    return torch.randint(0, 11, shape, generator=torch.Generator().manual_seed(1))
+from model import (
+    GPT,
+    GPTConfig,
+    KVCache,
+    attend,
+    attention_weights,
+    generate,
+    logits_to_probs,
+    sample,
+)
+from quill.sampling.decoder import Decoder, FixedKVCache
 
 
 @VARIANTS
 def test_a_future_token_changes_no_earlier_logit(switches):
-    model, idx = tiny(switches), random_ids(2, 8)
+    model, idx = tiny_model(switches), random_ids(2, 8)
     logits, _ = model(idx)
     for t in range(1, 8):
         changed = idx.clone()
@@ -47,7 +37,7 @@ def test_a_future_token_changes_no_earlier_logit(switches):
 
 @VARIANTS
 def test_earlier_tokens_matter_and_so_does_their_order(switches):
-    model = tiny(switches)
+    model = tiny_model(switches)
     logits = [model(torch.tensor([ids]), last_only=True)[0] for ids in ([1, 2, 3], [2, 1, 3])]
     assert not torch.allclose(logits[0], logits[1])
 
@@ -76,7 +66,7 @@ def test_the_first_loss_is_that_of_a_uniform_guess(vocab_size, n_embd):
 
 @VARIANTS
 def test_overfits_one_batch(switches):
-    model = tiny(switches, is_random=False, n_embd=32).train()
+    model = tiny_model(switches, is_random=False, n_embd=32).train()
     idx, targets = random_ids(2, 8), random_ids(2, 8).flip(1)
     idx[:, 0] = torch.tensor([0, 1])  # tells the rows apart
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -89,7 +79,7 @@ def test_overfits_one_batch(switches):
 
 
 def test_ignored_targets_carry_no_loss():
-    model, idx, targets = tiny(CLASSIC), random_ids(2, 8), random_ids(2, 8)
+    model, idx, targets = tiny_model(CLASSIC), random_ids(2, 8), random_ids(2, 8)
     targets[0, :] = -1
     assert torch.allclose(model(idx, targets)[1], model(idx[1:], targets[1:])[1])
     total = model(idx, targets, reduction="sum")[1]
@@ -99,7 +89,7 @@ def test_ignored_targets_carry_no_loss():
 
 
 def test_classic_names_are_gpt2s():
-    names = set(tiny(CLASSIC, n_layer=1).state_dict())
+    names = set(tiny_model(CLASSIC, n_layer=1).state_dict())
     block = "ln_1 attn.c_attn attn.c_proj ln_2 mlp.c_fc mlp.c_proj".split()
     expected = {f"transformer.h.0.{part}.{kind}" for part in block for kind in ("weight", "bias")}
     expected |= {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"}
@@ -116,7 +106,7 @@ def test_sizes_are_gpt2s():
 
 @VARIANTS
 def test_parameter_groups_hold_every_tensor_once(switches):
-    model = tiny(switches)
+    model = tiny_model(switches)
     groups = model.parameter_groups()
     grouped = [id(p) for group in groups.values() for p in group]
     assert sorted(grouped) == sorted(map(id, model.parameters()))
@@ -131,7 +121,18 @@ def test_parameter_groups_hold_every_tensor_once(switches):
 )
 def test_shapes_that_cannot_work(changes, complaint):
     with pytest.raises(ValueError, match=complaint):
-        tiny({}, **changes)
+        tiny_model({}, **changes)
+
+
+@torch.no_grad()
+def test_attention_weights_are_those_that_attend_uses():
+    """Whatever kernel computes it: the output is the weights times the values."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 7, 8)
+    weights = attention_weights(q, k)
+    assert (weights.triu(1) == 0).all()
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 2, 7))
+    torch.testing.assert_close(weights @ v, attend(q, k, v, is_causal=True))
 
 
 # ---- cache and generation ----------------------------------------------------------------------
@@ -140,7 +141,7 @@ def test_shapes_that_cannot_work(changes, complaint):
 @VARIANTS
 @pytest.mark.parametrize("cache_type", [KVCache, FixedKVCache])
 def test_reading_in_parts_through_the_cache_equals_reading_at_once(switches, cache_type):
-    model, idx = tiny(switches), random_ids(3, 8)
+    model, idx = tiny_model(switches), random_ids(3, 8)
     cache = cache_type(model, 3)
     with torch.no_grad():
         whole, _ = model(idx)
@@ -150,24 +151,29 @@ def test_reading_in_parts_through_the_cache_equals_reading_at_once(switches, cac
             cache.clear()
 
 
+def numbers(n_rows: int, n_tokens: int, seed=0) -> torch.Tensor:
+    return torch.rand(n_rows, n_tokens, generator=torch.Generator().manual_seed(seed))
+
+
 def generated(model, idx, n_tokens, seed=0, **options) -> list[list[int]]:
-    noise = torch.rand(idx.size(0), n_tokens, generator=torch.Generator().manual_seed(seed))
-    return torch.stack([*generate(model, idx, noise.T, **options)], dim=1).tolist()
+    columns = iter(numbers(idx.size(0), n_tokens, seed).T)
+    steps = generate(model, idx, n_tokens, uniform=columns.__next__, **options)
+    return torch.stack([*steps], dim=1).tolist()
 
 
 @VARIANTS
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("prompt_tokens", [1, 7, 8, 13])
 def test_cached_equals_uncached_across_the_block_size(switches, temperature, prompt_tokens):
-    model, idx = tiny(switches), random_ids(3, prompt_tokens)
+    model, idx = tiny_model(switches), random_ids(3, prompt_tokens)
     with_cache = generated(model, idx, 30, temperature=temperature)
-    assert with_cache == generated(model, idx, 30, temperature=temperature, use_cache=False)
-    assert with_cache == generated(model, idx, 30, temperature=temperature, read_one=model)
+    assert with_cache == generated(Uncached(model), idx, 30, temperature=temperature)
+    assert with_cache == generated(WithFixedCache(model), idx, 30, temperature=temperature)
     assert temperature == 0 or len({tuple(row) for row in with_cache}) == 3
 
 
 def test_a_full_context_goes_on_with_its_most_recent_half():
-    model, idx = tiny(CLASSIC), random_ids(1, 8)
+    model, idx = tiny_model(CLASSIC), random_ids(1, 8)
     first = generated(model, idx, 1, temperature=0)[0]
     recent = torch.cat((idx, torch.tensor([first])), dim=1)[:, -4:]
     assert (
@@ -177,20 +183,25 @@ def test_a_full_context_goes_on_with_its_most_recent_half():
 
 
 def test_block_size_of_one():
-    assert len(generated(tiny(CLASSIC, block_size=1), random_ids(1, 1), 5)[0]) == 5
+    assert len(generated(tiny_model(CLASSIC, block_size=1), random_ids(1, 1), 5)[0]) == 5
 
 
 def test_a_rows_tokens_do_not_depend_on_the_other_rows():
-    model, idx = tiny(MODERN), random_ids(1, 3)
-    noise = torch.rand(4, 20, generator=torch.Generator().manual_seed(0))
-    together = torch.stack([*generate(model, idx.expand(4, -1), noise.T)], dim=1)
-    alone = [torch.stack([*generate(model, idx, noise[i : i + 1].T)], dim=1) for i in range(4)]
+    model, idx = tiny_model(MODERN), random_ids(1, 3)
+    rows = numbers(4, 20)
+
+    def continued(idx, rows):
+        steps = generate(model, idx, 20, uniform=iter(rows.T).__next__)
+        return torch.stack([*steps], dim=1)
+
+    together = continued(idx.expand(4, -1), rows)
+    alone = [continued(idx, rows[i : i + 1]) for i in range(4)]
     assert torch.equal(together, torch.cat(alone))
 
 
 def test_padding_is_never_generated():
-    model = tiny(CLASSIC)
-    tokens = generated(model, random_ids(4, 2), 50, temperature=5.0, vocab_size=3)
+    model = tiny_model(CLASSIC)
+    tokens = generated(Decoder(model, vocab_size=3), random_ids(4, 2), 50, temperature=5.0)
     assert {token for row in tokens for token in row} == {0, 1, 2}
 
 
@@ -213,9 +224,9 @@ LOGITS = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
         ((1.0, 3, 0.6), [2 / 3, 1 / 3, 0, 0]),
     ],
 )
-def test_probabilities(options, expected):
+def test_logits_to_probs(options, expected):
     order = [2, 0, 3, 1]  # the result must not depend on the tokens' order
-    probs = probabilities(LOGITS[:, order], *options)[0]
+    probs = logits_to_probs(LOGITS[:, order], *options)[0]
     assert probs.tolist() == pytest.approx([expected[i] for i in order], abs=1e-4)
 
 
@@ -224,15 +235,15 @@ def test_probabilities(options, expected):
     st.lists(st.floats(0, 1), min_size=1, max_size=20).filter(lambda ps: sum(ps) > 1e-3),
     st.floats(0, 1, exclude_max=True, width=32),
 )
-def test_pick_never_draws_the_impossible(weights, uniform):
+def test_sample_never_draws_the_impossible(weights, uniform):
     probs = torch.tensor([weights])
     probs = probs / probs.sum()
-    token = pick(probs, torch.tensor([uniform])).item()
+    token = sample(probs, torch.tensor([uniform])).item()
     assert probs[0, token] > 0
 
 
-def test_pick_draws_in_proportion():
+def test_sample_draws_in_proportion():
     probs = torch.tensor([0.5, 0.0, 0.3, 0.2])
     uniform = (torch.arange(1000) + 0.5) / 1000
-    counts = pick(probs.expand(1000, -1), uniform).flatten().bincount(minlength=4)
+    counts = sample(probs.expand(1000, -1), uniform).flatten().bincount(minlength=4)
     assert counts.tolist() == [500, 0, 300, 200]

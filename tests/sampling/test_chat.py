@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from helpers import REPO, TINY
-from test_sample import texts
+from helpers import REPO, TINY, texts
 
 FLAGS = ("--max_new_tokens=30", "--device=cpu", "--dtype=float32")
 UP, START_OF_LINE = "\x1b[A", "\x01"

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, is_one_error_line
+from helpers import TINY, is_one_error_line, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
 import sample
 from model import GPT, GPTConfig
-from quill.data import tokenizers
-from quill.training import checkpoint, devices
-from sample import SEPARATOR, Sample
+from quill.data.tokenizers import ByteTokenizer
+from quill.sampling.decoder import Decoder
+from quill.sampling.text import TextStream
+from quill.training import checkpoint
+from sample import SEPARATOR
 
 SHORT = ("--num_samples=3", "--max_new_tokens=40", "--device=cpu", "--dtype=float32")
 
@@ -23,12 +25,6 @@ def trained(tiny, call) -> Path:
     call("train", *TINY, "--vocab_multiple=64")
     shutil.rmtree("data")  # sampling needs nothing from it
     return tiny
-
-
-def texts(out: str) -> list[str]:
-    parts = out.split(f"\n{SEPARATOR}\n")
-    assert parts.pop() == ""
-    return parts
 
 
 def test_samples_continue_the_prompt(trained, call):
@@ -122,10 +118,10 @@ def test_bytes_that_split_a_character_print_right(folder, call):
         "model": model.state_dict(),
         "model_config": vars(config),
         "config": {},
-        "tokenizer": tokenizers.ByteTokenizer().to_json(),
+        "tokenizer": ByteTokenizer().to_json(),
         "step": 60,
     }
-    checkpoint.save(Path("ckpt.pt"), saved)
+    checkpoint.save_checkpoint(Path("ckpt.pt"), saved)
     flags = ["--out_dir=.", "--temperature=0", "--num_samples=2", "--max_new_tokens=17"]
     code, out, _ = call("sample", *flags, "--start=é")
     assert code == 0
@@ -137,7 +133,6 @@ class Letters:
     """A stand-in tokenizer: token i is the i-th letter, 9 the end of a text."""
 
     end_of_text = 9
-    reverses_answers = False
 
     def decode_bytes(self, ids):
         return bytes(ord("a") + i for i in ids)
@@ -145,14 +140,14 @@ class Letters:
 
 @given(st.text("abc", max_size=30), st.text("abc", max_size=4))
 def test_a_text_is_cut_at_the_stop_string_and_nowhere_else(text, stop):
-    cut = Sample(Letters(), stop)
+    cut = TextStream(Letters(), stop)
     out = "".join(cut.feed(ord(char) - ord("a")) for char in text) + cut.finish()
     assert out == (text.split(stop)[0] if stop else text)
     assert not stop or stop in text or out == text
 
 
 def test_a_text_ends_with_its_own_token_and_shows_what_was_held_back():
-    cut = Sample(Letters(), "bc")
+    cut = TextStream(Letters(), "bc")
     assert [cut.feed(token) for token in (0, 1, 9, 0)] == ["a", "", "b", ""]
     assert cut.is_done and cut.finish() == ""
 
@@ -165,7 +160,7 @@ def test_the_first_sample_is_shown_while_it_is_made(capsys):
             yield [token, token]
             shown.append(capsys.readouterr().out)
 
-    sample.print_samples("> ", steps(), Letters(), sample.SampleConfig(num_samples=2))
+    sample.print_samples("> ", steps(), [TextStream(Letters(), "") for _ in range(2)])
     assert shown == ["> a", "b", "c"]
     assert capsys.readouterr().out == f"\n{SEPARATOR}\n> abc\n{SEPARATOR}\n"
 
@@ -175,13 +170,14 @@ def test_bfloat16_writes_the_same_text_again(trained, call):
     assert first[0] == 0 and call("sample", *SHORT, "--dtype=bfloat16") == first
 
 
-def test_fast_decoding_chooses_by_the_number_of_tokens_and_leaves_no_trace():
+def test_decoding_chooses_its_kernel_by_the_number_of_tokens_and_leaves_no_trace():
     model, chosen = GPT(GPTConfig(8, 5, 1, 1, 4)), []
     model.transformer.wte.register_forward_hook(
         lambda *_: chosen.append(torch.backends.mkldnn.enabled)
     )
-    with pytest.raises(ZeroDivisionError), devices.fast_decoding(model):
-        for shape in ((1, 4), (1, 1), (3, 1), (1, 1)):
-            model(torch.zeros(shape, dtype=torch.int64))
-        raise ZeroDivisionError
+    decoder = Decoder(model, vocab_size=5)
+    for shape in ((1, 4), (1, 1), (3, 1), (1, 1)):
+        decoder(torch.zeros(shape, dtype=torch.int64), cache=None, last_only=True)
+    with pytest.raises(IndexError):
+        decoder(torch.full((1, 1), 99), cache=None, last_only=True)
     assert chosen == [True, False, True, False] and torch.backends.mkldnn.enabled

@@ -36,18 +36,18 @@ def contents() -> dict:
 
 def test_round_trip(folder):
     path = Path("best.pt")
-    checkpoint.save(path, contents())
+    checkpoint.save_checkpoint(path, contents())
     loaded = pretrained.from_run(path)
     assert loaded.config.n_embd == 4 and loaded.tokenizer.chars == "ab"
     for name, p in loaded.build().state_dict().items():
-        assert (p == checkpoint.load(path)["model"][name]).all()
+        assert (p == checkpoint.load_checkpoint(path)["model"][name]).all()
 
 
 def test_best_comes_before_last(folder):
-    checkpoint.save(folder / "ckpt.pt", contents())
-    assert checkpoint.find(folder).name == "ckpt.pt"
-    checkpoint.save(folder / "best.pt", contents())
-    assert checkpoint.find(folder).name == "best.pt"
+    checkpoint.save_checkpoint(folder / "ckpt.pt", contents())
+    assert checkpoint.find_checkpoint(folder).name == "ckpt.pt"
+    checkpoint.save_checkpoint(folder / "best.pt", contents())
+    assert checkpoint.find_checkpoint(folder).name == "best.pt"
 
 
 @pytest.mark.parametrize("has_hard_links", [True, False])
@@ -62,11 +62,11 @@ def test_the_one_before_is_kept_and_the_last_never_missing(folder, monkeypatch, 
         was_there.append(last.exists())
         return result
 
-    checkpoint.save(last, contents() | {"step": 1}, previous)
+    checkpoint.save_checkpoint(last, contents() | {"step": 1}, previous)
     monkeypatch.setattr(Path, "replace", watched)
     for step in (2, 3):
-        checkpoint.save(last, contents() | {"step": step}, previous)
-    assert [checkpoint.load(path)["step"] for path in (last, previous)] == [3, 2]
+        checkpoint.save_checkpoint(last, contents() | {"step": step}, previous)
+    assert [checkpoint.load_checkpoint(path)["step"] for path in (last, previous)] == [3, 2]
     assert all(was_there) == has_hard_links
     assert sorted(p.name for p in folder.iterdir()) == ["ckpt.previous.pt", "ckpt.pt"]
 
@@ -94,7 +94,7 @@ def damaged(path: Path, how: str) -> None:
     elif how == "resaved":
         torch.save(torch.load(path, weights_only=True), path)
     elif how == "payload":
-        checkpoint.save(path, contents() | {"extra": Payload()})
+        checkpoint.save_checkpoint(path, contents() | {"extra": Payload()})
     elif how == "tensor":
         torch.save(torch.zeros(3), path)
         seal(path)
@@ -102,9 +102,9 @@ def damaged(path: Path, how: str) -> None:
         torch.save({"model": {}, "model_args": {}}, path)
         seal(path)
     elif how == "newer":
-        checkpoint.save(path, contents() | {"quill_checkpoint": 99})
+        checkpoint.save_checkpoint(path, contents() | {"quill_checkpoint": 99})
     else:
-        checkpoint.save(path, contents() | {"model_config": [1]})
+        checkpoint.save_checkpoint(path, contents() | {"model_config": [1]})
 
 
 @pytest.mark.parametrize(
@@ -127,10 +127,10 @@ def damaged(path: Path, how: str) -> None:
     ],
 )
 def test_what_is_not_a_checkpoint_is_refused(folder, how, complaint):
-    checkpoint.save(folder / "ckpt.pt", contents())
+    checkpoint.save_checkpoint(folder / "ckpt.pt", contents())
     damaged(folder / "ckpt.pt", how)
     with pytest.raises(InputError, match=complaint) as caught:
-        checkpoint.load(folder / "ckpt.pt")
+        checkpoint.load_checkpoint(folder / "ckpt.pt")
     assert "ckpt.pt" in str(caught.value)
     assert not (folder / "executed").exists()
 
@@ -157,17 +157,17 @@ def test_what_is_not_a_checkpoint_is_refused(folder, how, complaint):
     ],
 )
 def test_weights_that_do_not_fit_their_config_are_refused(folder, changes):
-    checkpoint.save(Path("x.pt"), contents() | changes)
+    checkpoint.save_checkpoint(Path("x.pt"), contents() | changes)
     with pytest.raises(InputError, match=r"x\.pt"):
         pretrained.from_run(Path("x.pt"))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_keeps_the_checkpoint_that_was_there(folder):
-    checkpoint.save(folder / "ckpt.pt", contents())
+    checkpoint.save_checkpoint(folder / "ckpt.pt", contents())
     before = (folder / "ckpt.pt").read_bytes()
     (folder / "ckpt.pt.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(folder / "ckpt.pt", contents())
+        checkpoint.save_checkpoint(folder / "ckpt.pt", contents())
     assert (folder / "ckpt.pt").read_bytes() == before
     assert [p.name for p in folder.iterdir()] == ["ckpt.pt"]

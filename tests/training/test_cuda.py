@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY
+from helpers import TINY, Uncached
 from test_parallel import processes
 
+import train
 from model import GPT, GPTConfig, generate
 from quill import settings
-from quill.training.trainer import Trainer
 from train import TrainConfig
 
 pytestmark = [
@@ -84,11 +84,11 @@ def test_resume_is_bitwise_equal_to_never_stopping(tiny, call, flags):
     [["--dtype=bfloat16"], ["--dtype=float32"], ["--optimizer=muon", "--average_decay=0.9"]],
 )
 def test_a_step_does_not_wait_for_the_device(tiny, flags):
-    run = Trainer(settings.load(TrainConfig, [*ON_GPU, "--compile=false", *flags], usage=""))
-    run.train_step()
+    run = train.setup(settings.load(TrainConfig, [*ON_GPU, "--compile=false", *flags], usage=""))
+    train.train_step(run)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run.train_step()
+        train.train_step(run)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -114,14 +114,14 @@ def test_two_gpus_make_the_run_of_one(tiny, call, parallel):
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights(tiny):
-    run = Trainer(settings.load(TrainConfig, [*ON_GPU, "--compile=false"], usage=""))
-    run.train_step()
+    run = train.setup(settings.load(TrainConfig, [*ON_GPU, "--compile=false"], usage=""))
+    train.train_step(run)
     before = {name: p.clone() for name, p in run.model.state_dict().items()}
     forward, run.forward = run.forward, lambda *a, **k: (None, forward(*a, **k)[1] * float("nan"))
-    run.train_step()
+    train.train_step(run)
     run.forward = forward
-    run.train_step()
-    assert run.bad_steps.tolist() == [2]
+    train.train_step(run)
+    assert run.guard.bad_steps.tolist() == [2]
     assert all(torch.equal(p, before[name]) for name, p in run.model.state_dict().items())
 
 
@@ -138,9 +138,10 @@ def test_cached_equals_uncached_and_the_cpu():
         torch.nn.init.normal_(p, std=0.3)
     idx, noise = torch.zeros(3, 1, dtype=torch.int64), torch.rand(3, 40)
     texts = []
-    for device, use_cache in (("cpu", True), ("cuda", True), ("cuda", False)):
+    for device, decoder in (("cpu", model), ("cuda", model), ("cuda", Uncached(model))):
         model.to(device)
-        steps = generate(model, idx.to(device), noise.T.to(device), use_cache=use_cache)
+        uniform = iter(noise.T.to(device)).__next__
+        steps = generate(decoder, idx.to(device), 40, uniform=uniform)
         texts.append(torch.stack([*steps]).cpu())
     assert torch.equal(texts[0], texts[1]) and torch.equal(texts[1], texts[2])
 

@@ -17,10 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import REPO, TINY
-from test_faults import same_run
+from helpers import REPO, TINY, same_run
 
-from quill.training import checkpoint
+from quill.training.checkpoint import load_checkpoint
 
 SAME = [*TINY, "--batch_size=4", "--gradient_accumulation_steps=4", "--log_interval=1"]
 SAME += ["--learning_rate=1e-3", "--muon_learning_rate=5e-3"]
@@ -86,7 +85,7 @@ def assert_nearly_equal(a: str, b: str) -> None:
     for name in ("loss", "grad_norm", "val_loss", "train_loss"):
         values = [[line[name] for line in part if name in line] for part in lines]
         assert values[0] == pytest.approx(values[1], rel=1e-6) and len(values[0]) >= 3
-    weights = [checkpoint.load(Path(d, "ckpt.pt"))["model"] for d in (a, b)]
+    weights = [load_checkpoint(Path(d, "ckpt.pt"))["model"] for d in (a, b)]
     for name, expected in weights[0].items():
         assert (weights[1][name] - expected).norm() <= 1e-6 * expected.norm(), name
 
@@ -129,30 +128,30 @@ def test_evaluating_an_average_of_shards_does_not_touch_the_training(tiny):
     flags += ["--learning_rate=0.3", "--decay_lr=false", "--max_iters=8"]
     processes(2, *flags, "--eval_interval=1", "--out_dir=often")
     processes(2, *flags, "--eval_interval=100", "--out_dir=rarely")
-    often, rarely = (checkpoint.load(Path(d, "ckpt.pt"))["model"] for d in ("often", "rarely"))
+    often, rarely = (load_checkpoint(Path(d, "ckpt.pt"))["model"] for d in ("often", "rarely"))
     assert all(torch.equal(often[name], rarely[name]) for name in often)
 
 
 def test_gradients_are_exchanged_once_a_step(tiny):
     probe = """
-import sys, torch, settings, parallel, runtime
-from train import TrainConfig
-from quill.training.trainer import Trainer
-config = settings.load(TrainConfig, sys.argv[1:], usage="")
-with distributed.together():
-    distributed.connect(torch.device("cpu"), "gloo")
-    trainer, calls = Trainer(config), []
+import sys, torch, train
+from quill import settings
+from quill.training import distributed
+config = settings.load(train.TrainConfig, sys.argv[1:], usage="")
+with distributed.session():
+    distributed.init_process_group(torch.device("cpu"), "gloo")
+    run, calls = train.setup(config), []
     def count(state, bucket):
         calls.append(bucket.buffer().numel())
         return torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future().then(
             lambda done: done.value()[0])
-    trainer.forward.register_comm_hook(None, count)
+    run.forward.register_comm_hook(None, count)
     for _ in range(3):
-        trainer.train_step()
-    n_numbers = sum(p.numel() for p in trainer.model.parameters())
+        train.train_step(run)
+    n_numbers = sum(p.numel() for p in run.model.parameters())
     assert sum(calls) == 3 * n_numbers, (calls, n_numbers)
     print("counted")
-    del trainer  # and with it the hook, which must not outlive the process group
+    del run  # and with it the hook, which must not outlive the process group
 """
     assert processes(2, *SAME, program=["-c", probe]) == ["counted\n"] * 2
 
@@ -176,7 +175,7 @@ def test_a_failure_on_any_process_is_one_line(tiny, argv, complaint):
     said = run.communicate(timeout=60)[0]
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert run.returncode == 1 and len(errors) == 1 and re.search(complaint, errors[0]), said
-    assert "trainer.py" not in said, "no traceback of ours among torchrun's report"
+    assert 'train.py", line' not in said, "no traceback of ours among torchrun's report"
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=slow)])
@@ -187,7 +186,7 @@ def test_a_signal_to_one_process_stops_and_saves_all(tiny, rank):
     os.kill(workers(run)[rank], signal.SIGTERM)
     said = run.communicate(timeout=60)[0]
     assert said.count("SIGTERM: saved after step") == 1 and "error: " not in said, said
-    step = checkpoint.load(Path("out/ckpt.pt"), for_resume=True)["step"]
+    step = load_checkpoint(Path("out/ckpt.pt"), for_resume=True)["step"]
     assert f"saved after step {step};" in said
 
 
@@ -199,7 +198,7 @@ def test_a_process_that_vanishes_is_told_once(tiny):
     os.kill(workers(run)[1], signal.SIGKILL)
     said = run.communicate(timeout=60)[0]
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert len(errors) <= 1 and "trainer.py" not in said, said  # torchrun may be the quicker
+    assert len(errors) <= 1 and 'train.py", line' not in said, said  # torchrun may be the quicker
 
 
 def test_torchruns_variables_without_torchrun(tiny, call, monkeypatch):

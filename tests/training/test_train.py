@@ -13,23 +13,24 @@ import pytest
 import torch
 from helpers import TINY, is_one_error_line
 
+import train
 from quill import settings
 from quill.data import dataset
 from quill.errors import RunError
 from quill.training import checkpoint, devices
-from quill.training.log import Report
-from quill.training.optimizers import Muon, learning_rate_at
-from quill.training.snapshot import Progress
-from quill.training.trainer import Trainer
-from train import TrainConfig
+from quill.training.checkpoint import Progress
+from quill.training.ema import EMA
+from quill.training.log import Logger
+from quill.training.optimizers import Muon, get_lr
+from train import Run, TrainConfig
 
 
-def trainer(*flags: str) -> Trainer:
-    return Trainer(settings.load(TrainConfig, [*TINY, *flags], usage=""))
+def new_run(*flags: str) -> Run:
+    return train.setup(settings.load(TrainConfig, [*TINY, *flags], usage=""))
 
 
 def weights(path="out/ckpt.pt") -> dict[str, torch.Tensor]:
-    return checkpoint.load(Path(path))["model"]
+    return checkpoint.load_checkpoint(Path(path))["model"]
 
 
 def same(a: dict, b: dict) -> bool:
@@ -85,22 +86,22 @@ def test_best_holds_the_weights_of_the_lowest_val_loss(tiny, call):
     evaluations = {line["step"]: line["val_loss"] for line in metrics() if "val_loss" in line}
     best = torch.load("out/best.pt", weights_only=True)
     assert best["step"] == min(evaluations, key=evaluations.get) < 60
-    again = trainer()
+    again = new_run()
     again.model.load_state_dict(best["model"])
-    assert again.evaluate()["val_loss"] == evaluations[best["step"]]
+    assert train.evaluate(again)["val_loss"] == evaluations[best["step"]]
     assert torch.load("out/ckpt.pt", weights_only=True)["step"] == 60
 
 
 def test_without_always_save_only_improvements_and_the_end_are_saved(tiny, call, monkeypatch):
     saves = []
     monkeypatch.setattr(
-        checkpoint, "save", lambda path, saved, keep: saves.append((path.name, saved["step"]))
+        checkpoint,
+        "save_checkpoint",
+        lambda path, saved, keep=None: saves.append((path.name, saved["step"])),
     )
     losses = iter([3.0, 2.0, 2.5, 2.6])
     monkeypatch.setattr(
-        Trainer,
-        "evaluate",
-        lambda self: {"step": self.progress.step, "train_loss": 1.0, "val_loss": next(losses)},
+        train, "estimate_loss", lambda run: {"train_loss": 1.0, "val_loss": next(losses)}
     )
     call("train", *TINY, "--max_iters=9", "--always_save_checkpoint=false")
     assert [step for name, step in saves if name == "ckpt.pt"] == [0, 3, 9]
@@ -110,9 +111,7 @@ def test_without_always_save_only_improvements_and_the_end_are_saved(tiny, call,
 def test_patience_stops_early_and_saves(tiny, call, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.6, 9.9])
     monkeypatch.setattr(
-        Trainer,
-        "evaluate",
-        lambda self: {"step": self.progress.step, "train_loss": 1.0, "val_loss": next(losses)},
+        train, "estimate_loss", lambda run: {"train_loss": 1.0, "val_loss": next(losses)}
     )
     assert call("train", *TINY, "--max_iters=90", "--patience=2")[0] == 0
     assert torch.load("out/ckpt.pt", weights_only=True)["step"] == 9
@@ -157,17 +156,17 @@ def test_evaluating_does_not_touch_the_training(tiny, call):
 def test_resume_is_bitwise_equal_to_never_stopping(tiny, call, monkeypatch, flags, stop_at):
     flags = [*TINY, *DROPOUT, *flags]
     assert call("train", *flags, "--out_dir=whole")[0] == 0
-    train_step = Trainer.train_step
+    train_step = train.train_step
 
-    def interrupted(self):
-        result = train_step(self)
-        if self.progress.step == stop_at:
+    def interrupted(run):
+        result = train_step(run)
+        if run.progress.step == stop_at:
             signal_self()
         return result
 
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    monkeypatch.setattr(train, "train_step", interrupted)
     assert call("train", *flags, "--out_dir=parts")[0] == 143
-    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(train, "train_step", train_step)
     code, out, _ = call("train", "--out_dir=parts", "--init_from=resume")
     assert code == 0 and f"resuming after step {stop_at}" in out
     whole, parts = (torch.load(f"{d}/ckpt.pt", weights_only=True) for d in ("whole", "parts"))
@@ -230,7 +229,7 @@ def test_an_evaluation_that_the_checkpoint_does_not_know_is_dropped(folder):
     lines = [{"step": 0, "val_loss": 2.0}, {"step": 3, "loss": 1.5}, evaluation]
     Path("metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = {"max_iters": 9, "wandb_log": False, "tensorboard_log": False}
-    report = Report(folder, config, Progress(step=3, evaluated_step=0))
+    report = Logger(folder, config, Progress(step=3, evaluated_step=0))
     report.evaluation(evaluation, is_best=False)
     report.close()
     assert metrics("metrics.jsonl") == lines
@@ -247,45 +246,48 @@ def test_dropout_differs_from_step_to_step_and_seed_to_seed():
 # ---- one step ----------------------------------------------------------------------------------
 
 
-def gradients_of(run: Trainer) -> dict[str, torch.Tensor]:
+def gradients_of(monkeypatch, run: Run) -> dict[str, torch.Tensor]:
     kept = {}
-    run._update = lambda loss, norm: kept.update(
-        {name: p.grad.clone() for name, p in run.model.named_parameters()}
-    )
-    kept["loss"] = run.train_step()[0]
+
+    def keep(run, loss, grad_norm):
+        kept.update({name: p.grad.clone() for name, p in run.model.named_parameters()})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update_weights", keep)
+        kept["loss"] = train.train_step(run)[0]
     return kept
 
 
 def test_masked_accumulation_equals_one_big_batch(tiny, monkeypatch):
     """The micro-steps hold 61, 3, ... targets that count: a mean of means would be wrong."""
-    windows = dataset.Split.windows
+    get_batch = dataset.Split.get_batch
 
-    def masked(self, starts):
-        idx, targets = windows(self, starts)
-        rows = torch.from_numpy(starts)[:, None]
+    def masked(self, offsets):
+        idx, targets = get_batch(self, offsets)
+        rows = torch.from_numpy(offsets)[:, None]
         return idx, targets.masked_fill((idx * 7 + rows) % 64 < rows % 64, -1)
 
-    monkeypatch.setattr(dataset.Split, "windows", masked)
-    big = gradients_of(trainer("--batch_size=8", "--gradient_accumulation_steps=1"))
+    monkeypatch.setattr(dataset.Split, "get_batch", masked)
+    big = gradients_of(monkeypatch, new_run("--batch_size=8", "--gradient_accumulation_steps=1"))
     for flags in (
         ("--batch_size=2", "--gradient_accumulation_steps=4"),
         ("--batch_size=1", "--gradient_accumulation_steps=8"),
     ):
-        parts = gradients_of(trainer(*flags))
+        parts = gradients_of(monkeypatch, new_run(*flags))
         for name, expected in big.items():
             torch.testing.assert_close(parts[name], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_loss_of_a_step_is_the_mean_over_its_targets(tiny):
-    run = trainer()
-    idx, targets = run.train_split.windows(run.train_split.train_offsets(8, 1337, 0))
+    run = new_run()
+    idx, targets = run.data.train.get_batch(run.data.train.train_offsets(8, 1337, 0))
     expected = run.model(idx, targets)[1].item()
-    assert run.train_step()[0].item() == pytest.approx(expected, rel=1e-6)
+    assert train.train_step(run)[0].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_gradients_are_clipped_and_their_norm_before_is_reported(tiny):
-    free, clipped = trainer("--grad_clip=0"), trainer("--grad_clip=0.01")
-    norms = [float(run.train_step()[1]) for run in (free, clipped)]
+    free, clipped = new_run("--grad_clip=0"), new_run("--grad_clip=0.01")
+    norms = [float(train.train_step(run)[1]) for run in (free, clipped)]
     assert norms[0] == pytest.approx(norms[1]) and norms[0] > 0.01
     moments = [
         math.sqrt(sum(float(s["exp_avg"].square().sum()) for s in run.optimizers[0].state.values()))
@@ -295,7 +297,7 @@ def test_gradients_are_clipped_and_their_norm_before_is_reported(tiny):
 
 
 def test_only_matrices_are_decayed(tiny):
-    run = trainer("--weight_decay=0.5", "--optimizer=muon")
+    run = new_run("--weight_decay=0.5", "--optimizer=muon")
     decays = {
         id(p): group["weight_decay"]
         for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]
@@ -308,21 +310,21 @@ def test_only_matrices_are_decayed(tiny):
     "flags", [["--optimizer=adamw"], ["--optimizer=muon"], ["--dtype=float16"]]
 )
 def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, call, monkeypatch, flags):
-    train_step = Trainer.train_step
+    train_step = train.train_step
     kept = {}
 
-    def poisoned(self):
-        if self.progress.step == 4:
-            kept.update({name: p.clone() for name, p in self.model.state_dict().items()})
-            forward = self.forward
-            self.forward = lambda *a, **k: (None, forward(*a, **k)[1] * math.nan)
+    def poisoned(run):
+        if run.progress.step == 4:
+            kept.update({name: p.clone() for name, p in run.model.state_dict().items()})
+            forward = run.forward
+            run.forward = lambda *a, **k: (None, forward(*a, **k)[1] * math.nan)
             try:
-                return train_step(self)
+                return train_step(run)
             finally:
-                self.forward, kept["run"] = forward, self
-        return train_step(self)
+                run.forward, kept["run"] = forward, run
+        return train_step(run)
 
-    monkeypatch.setattr(Trainer, "train_step", poisoned)
+    monkeypatch.setattr(train, "train_step", poisoned)
     code, _, err = call(
         "train", *TINY, *flags, "--max_iters=12", "--eval_interval=6", "--log_interval=2"
     )
@@ -335,18 +337,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny, call, monkeypat
 
 def poison(monkeypatch, steps: set[int], value: float = math.nan):
     """Multiply the losses of these steps, counted from 1."""
-    train_step = Trainer.train_step
+    train_step = train.train_step
 
-    def poisoned(self):
-        forward = self.forward
-        if self.progress.step + 1 in steps:
-            self.forward = lambda *a, **k: (None, forward(*a, **k)[1] * value)
+    def poisoned(run):
+        forward = run.forward
+        if run.progress.step + 1 in steps:
+            run.forward = lambda *a, **k: (None, forward(*a, **k)[1] * value)
         try:
-            return train_step(self)
+            return train_step(run)
         finally:
-            self.forward = forward
+            run.forward = forward
 
-    monkeypatch.setattr(Trainer, "train_step", poisoned)
+    monkeypatch.setattr(train, "train_step", poisoned)
 
 
 @pytest.mark.parametrize(
@@ -381,12 +383,12 @@ def test_updates_that_are_not_finite_are_skipped_and_told(tiny, call, monkeypatc
 
 def test_a_skipped_update_is_as_if_it_had_not_been_made(tiny, monkeypatch):
     for optimizer in ("adamw", "muon"):
-        run = trainer("--skip_nonfinite=1", f"--optimizer={optimizer}")
-        run.train_step()
+        run = new_run("--skip_nonfinite=1", f"--optimizer={optimizer}")
+        train.train_step(run)
         before = [p.clone() for o in run.optimizers for s in o.state.values() for p in s.values()]
         with monkeypatch.context() as patch:
             poison(patch, {2})
-            run.train_step()
+            train.train_step(run)
         after = [p for o in run.optimizers for s in o.state.values() for p in s.values()]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
@@ -395,19 +397,19 @@ def test_a_skipped_update_is_as_if_it_had_not_been_made(tiny, monkeypatch):
     "flags", [["--optimizer=adamw"], ["--optimizer=muon"], ["--dtype=float16"]]
 )
 def test_an_infinite_loss_with_finite_gradients_leaves_the_weights(tiny, flags):
-    run = trainer(*flags)
+    run = new_run(*flags)
     forward = run.forward
     run.forward = lambda *a, **k: (None, forward(*a, **k)[1] + math.inf)
     before = {name: p.clone() for name, p in run.model.state_dict().items()}
-    run.train_step()
-    assert same(before, run.model.state_dict()) and run.bad_steps.tolist() == [1]
+    train.train_step(run)
+    assert same(before, run.model.state_dict()) and run.guard.bad_steps.tolist() == [1]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_float16_lowers_the_loss_scale_and_makes_the_step_again(tiny, optimizer):
     """One overflow: nothing is updated by it, and the step is made after all."""
     flags = ("--dtype=float16", f"--optimizer={optimizer}", "--dropout=0.1")
-    plain, overflowed = trainer(*flags), trainer(*flags)
+    plain, overflowed = new_run(*flags), new_run(*flags)
     unscale = overflowed.scaler.unscale_
     calls = []
 
@@ -420,7 +422,7 @@ def test_float16_lowers_the_loss_scale_and_makes_the_step_again(tiny, optimizer)
 
     overflowed.scaler.unscale_ = overflow_once
     scale = overflowed.scaler.get_scale()
-    plain.train_step(), overflowed.train_step()
+    train.train_step(plain), train.train_step(overflowed)
     assert overflowed.scaler.get_scale() == scale / 2 and overflowed.progress.step == 1
     for a, b in zip(plain.model.parameters(), overflowed.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
@@ -429,16 +431,16 @@ def test_float16_lowers_the_loss_scale_and_makes_the_step_again(tiny, optimizer)
 
 
 def test_a_val_loss_that_is_not_finite_saves_nothing(tiny, call, monkeypatch):
-    monkeypatch.setattr(Trainer, "_mean_loss", lambda self, split, whole: (math.inf, 0.0))
+    monkeypatch.setattr(train, "evaluate_split", lambda run, split, whole: (math.inf, 0.0))
     code, _, err = call("train", *TINY)
     assert code == 1 and "not finite" in err and not list(Path("out").glob("[!.]*"))
 
 
 def test_out_of_memory_says_what_to_do(tiny, call, monkeypatch):
-    def full(self):
+    def full(run):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
-    monkeypatch.setattr(Trainer, "train_step", full)
+    monkeypatch.setattr(train, "train_step", full)
     code, _, err = call("train", *TINY)
     assert code == 1 and err.count("\n") == 1
     assert "halve batch_size=4 and double gradient_accumulation_steps" in err
@@ -460,7 +462,7 @@ def test_every_allocators_complaint_is_recognised(message):
 
 
 def test_a_full_disk_in_the_metrics_names_the_file(tiny, call, monkeypatch):
-    write = Report._write
+    write = Logger._write
 
     class FullDisk:
         def write(self, text):
@@ -472,14 +474,14 @@ def test_a_full_disk_in_the_metrics_names_the_file(tiny, call, monkeypatch):
             self.file = FullDisk()
         write(self, record)
 
-    monkeypatch.setattr(Report, "_write", failing)
-    monkeypatch.setattr(Report, "close", lambda self: None)
+    monkeypatch.setattr(Logger, "_write", failing)
+    monkeypatch.setattr(Logger, "close", lambda self: None)
     code, _, err = call("train", *TINY)
     assert code == 1 and err.startswith("error: out/metrics.jsonl: No space left on device")
 
 
 def test_a_slow_run_on_a_cpu_says_so_at_its_first_log_line(tiny, call, monkeypatch):
-    monkeypatch.setattr("report.SLOW_RUN_SECONDS", 0)
+    monkeypatch.setattr("quill.training.log.SLOW_RUN_SECONDS", 0)
     out = call("train", *TINY)[1]
     assert out.index("config/shakespeare_char_cpu.py") < out.index("step 3")
     assert out.count("config/shakespeare_char_cpu.py") == 1
@@ -489,19 +491,19 @@ def test_a_slow_run_on_a_cpu_says_so_at_its_first_log_line(tiny, call, monkeypat
 
 
 def test_val_loss_is_the_mean_over_every_val_token_but_the_first(tiny):
-    run = trainer()
-    val = run.val_split.ids.long()
+    run = new_run()
+    val = run.data.val.ids.long()
     total = 0.0
     for start in range(0, len(val) - 1, 16):
         window = val[start : start + 17]
         _, loss = run.model(window[None, :-1], window[None, 1:], reduction="sum")
         total += loss.item()
-    assert run.evaluate()["val_loss"] == pytest.approx(total / (len(val) - 1), rel=1e-6)
-    assert run.evaluate() == run.evaluate()
+    assert train.evaluate(run)["val_loss"] == pytest.approx(total / (len(val) - 1), rel=1e-6)
+    assert train.evaluate(run) == train.evaluate(run)
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(tiny):
-    losses = [trainer(f"--batch_size={n}").evaluate()["val_loss"] for n in (1, 7, 64)]
+    losses = [train.evaluate(new_run(f"--batch_size={n}"))["val_loss"] for n in (1, 7, 64)]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
@@ -520,12 +522,12 @@ def test_samples_at_evaluations_change_nothing_else(tiny, call):
 
 def test_a_large_val_split_is_evaluated_in_part(tiny, monkeypatch):
     monkeypatch.setattr(dataset, "MAX_TOKENS_EVALUATED_WHOLE", 100)
-    run = trainer("--eval_iters=5")
+    run = new_run("--eval_iters=5")
     seen = []
-    windows = run.val_split.windows
-    run.val_split.windows = lambda starts: seen.extend(starts.tolist()) or windows(starts)
-    run.evaluate()
-    assert len([start for start in seen if start < len(run.val_split)]) == 5
+    get_batch = run.data.val.get_batch
+    run.data.val.get_batch = lambda starts: seen.extend(starts.tolist()) or get_batch(starts)
+    train.evaluate(run)
+    assert len([start for start in seen if start < len(run.data.val)]) == 5
 
 
 # ---- schedule, device, dtype -------------------------------------------------------------------
@@ -535,7 +537,7 @@ def rate(step, **changes):
     config = TrainConfig(
         **{"learning_rate": 1.0, "min_lr": 0.1, "warmup_iters": 10, "max_iters": 110} | changes
     )
-    return learning_rate_at(config, step)
+    return get_lr(config, step)
 
 
 @pytest.mark.parametrize(
@@ -609,10 +611,10 @@ def test_padded_vocabulary(tiny, call):
 
 def test_the_average_is_what_is_evaluated_and_kept_as_best(tiny, call):
     flags = ["--average_decay=0.5", "--max_iters=4", "--eval_interval=4"]
-    run = trainer(*flags)
+    run = new_run(*flags)
     expected = [p.detach().clone() for p in run.model.parameters()]
     for decay in (1 / 10, 2 / 11, 3 / 12, 4 / 13):
-        run.train_step()
+        train.train_step(run)
         expected = [
             decay * a + (1 - decay) * p
             for a, p in zip(expected, run.model.parameters(), strict=True)
@@ -624,8 +626,8 @@ def test_the_average_is_what_is_evaluated_and_kept_as_best(tiny, call):
         assert torch.allclose(best["model"][name], a, atol=1e-6)
         assert torch.equal(latest["model"][name], run.model.state_dict()[name])
     run.model.load_state_dict(best["model"])
-    run.average = []
-    assert run.evaluate()["val_loss"] == latest["best_val_loss"]
+    run.ema = EMA(run.model, 0.0)
+    assert train.evaluate(run)["val_loss"] == latest["best_val_loss"]
 
 
 def test_an_average_that_does_not_fit_is_refused(tiny, call):
@@ -633,7 +635,7 @@ def test_an_average_that_does_not_fit_is_refused(tiny, call):
     saved = torch.load("out/ckpt.pt", weights_only=True)
     Path("out/ckpt.previous.pt").unlink()
     for broken in ([torch.ones(1)], [torch.ones(1)] * len(saved["average"]), "no list"):
-        checkpoint.save(Path("out/ckpt.pt"), saved | {"average": broken})
+        checkpoint.save_checkpoint(Path("out/ckpt.pt"), saved | {"average": broken})
         code, _, err = call("train", "--init_from=resume", "--max_iters=8")
         assert code == 2 and is_one_error_line(err) and "usable" in err
 
