@@ -1,5 +1,5 @@
 # A calculator of numbers of up to eight digits, with scratch work: `python prepare.py calculator`
-# first. Half an hour on a CPU; `python arithmetic.py --out_dir=...` shows what it has right.
+# first. Half an hour on a CPU; `python -m quill.arithmetic --out_dir=...` shows what it has right.
 
 dataset = "calculator"
 eval_interval = 1000  # all problems that were held out

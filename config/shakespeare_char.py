@@ -1,5 +1,5 @@
 # A character-level model of Shakespeare, 10.65 M parameters: for a GPU.
-# Not measured on one yet; what the switches were worth in the small model is in RESULTS.md.
+# Not measured on one yet; what the switches were worth in the small model is in docs/results.md.
 
 dataset = "shakespeare_char"
 eval_interval = 250  # often, because it will overfit: best.pt keeps the lowest val loss
@@ -25,4 +25,4 @@ lr_schedule = "linear"
 warmup_iters = 100  # Adam's averages need some steps before they can be trusted
 max_iters = 3000  # nanoGPT's recipe is past its lowest val loss well before its 5,000
 beta2 = 0.99  # few tokens in a step: average their squares for longer
-average_decay = 0.995  # on little text the best regulariser of all (RESULTS.md)
+average_decay = 0.995  # on little text the best regulariser of all (docs/results.md)

@@ -1,5 +1,5 @@
 # A small character-level model of Shakespeare for a machine without a GPU: under a minute.
-# What each choice is worth is measured in RESULTS.md.
+# What each choice is worth is measured in docs/results.md.
 
 dataset = "shakespeare_char"
 eval_interval = 500  # an evaluation covers the whole val split and costs as much as 50 steps

@@ -1,5 +1,5 @@
 # The 10.65 M model of Shakespeare by the fastest way known to us, for a GPU: Muon for the blocks'
-# matrices. Not measured on a GPU yet; the choices are those that won on a small model (RESULTS.md).
+# matrices. Not measured on a GPU yet; the choices are those that won on a small model (docs/results.md).
 
 dataset = "shakespeare_char"
 eval_interval = 100  # often, because it will overfit: best.pt keeps the lowest val loss
@@ -28,4 +28,4 @@ lr_schedule = "linear"
 warmup_iters = 50
 max_iters = 1000  # 16 passes over the text
 beta2 = 0.99  # few tokens in a step: average their squares for longer
-average_decay = 0.995  # on little text the best regulariser of all (RESULTS.md)
+average_decay = 0.995  # on little text the best regulariser of all (docs/results.md)
