@@ -14,6 +14,10 @@ the meta.pkl of a dataset that nanoGPT prepared. In .jsonl a line is {"text": ..
 
 from __future__ import annotations
 
+import quill.interrupts  # noqa: F401  first, for Ctrl-C during the imports below
+
+# isort: split
+
 import dataclasses
 import hashlib
 import sys

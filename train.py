@@ -9,6 +9,10 @@ Usage:
 
 from __future__ import annotations
 
+import quill.interrupts  # noqa: F401  first, for Ctrl-C during the imports below
+
+# isort: split
+
 import contextlib
 import dataclasses
 import math

@@ -7,6 +7,10 @@ Usage:
 
 from __future__ import annotations
 
+import quill.interrupts  # noqa: F401  first, for Ctrl-C during the imports below
+
+# isort: split
+
 import copy
 import dataclasses
 import json

@@ -21,7 +21,6 @@ class RunError(Exception):
 
 def run_command(main) -> None:
     """Run `main(argv) -> exit code` as a command; an expected failure prints one line."""
-    signal.signal(signal.SIGINT, _interrupt)
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
@@ -34,16 +33,6 @@ def run_command(main) -> None:
         message, code = failure
         print_error(message)
     sys.exit(code)
-
-
-def _interrupt(number, frame) -> None:
-    """Raise KeyboardInterrupt; exit at once during an import, where libraries may swallow it."""
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            print_error("interrupted")
-            os._exit(130)
-        frame = frame.f_back
-    raise KeyboardInterrupt
 
 
 def expected_failure(error: BaseException) -> tuple[str, int] | None:

@@ -9,6 +9,10 @@ GPT2LMHeadModel, one with Llama's a LlamaForCausalLM; any other is refused.
 
 from __future__ import annotations
 
+import quill.interrupts  # noqa: F401  first, for Ctrl-C during the imports below
+
+# isort: split
+
 import contextlib
 import dataclasses
 from pathlib import Path

@@ -14,6 +14,10 @@ Beside each PNG the same picture is written as SVG.
 
 from __future__ import annotations
 
+import quill.interrupts  # noqa: F401  first, for Ctrl-C during the imports below
+
+# isort: split
+
 import dataclasses
 from pathlib import Path
 from typing import Literal

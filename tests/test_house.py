@@ -16,7 +16,7 @@ TOP_LEVEL = {
     *("pyproject.toml", "quill", "docs", "lecture", ".ci", ".gitignore", "LICENSE"),
 }
 # A module may import from rooms with a lower number, and from its own room.
-GROUND = ("errors", "files", "settings")
+GROUND = ("errors", "files", "interrupts", "settings")
 ROOMS = {"data": 1, "training": 2, "sampling": 2, "interop": 3, "views": 4}
 TOP_ROOM = 5  # the commands and scripts
 

@@ -1,7 +1,7 @@
 """Kills, signals, full disks, damaged files, two at once: nothing is lost, nothing is half there.
 
-Each fault has a short form, and a long one (`--run-slow`) that prints what docs/results.md reports (`-s`
-shows it). What a run should have become is always that of one which was left alone.
+Each fault has a short form, and a long one (`--run-slow`) that prints what docs/results.md reports
+(`-s` shows it). What a run should have become is always that of one which was left alone.
 """
 
 from __future__ import annotations
