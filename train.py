@@ -26,7 +26,6 @@ import torch
 from model import GPT, GPTConfig
 from quill import settings
 from quill.data import dataset, tokenizers
-from quill.data.problems import reverses_answers
 from quill.errors import EXIT_DONE, RunError, run_command, stop_signals
 from quill.files import file_lock, run_folder
 from quill.interop.start import find_start
@@ -38,15 +37,7 @@ from quill.training.checkpoint import Progress
 from quill.training.checks import check_memory, check_processes, check_resume, check_start
 from quill.training.data import Data, open_dataset
 from quill.training.ema import EMA
-from quill.training.log import (
-    Logger,
-    NullLogger,
-    StepTimer,
-    done_message,
-    evaluation_text,
-    run_summary,
-    stopped_message,
-)
+from quill.training.log import Logger, NullLogger, StepTimer, evaluation_text
 from quill.training.loss_scale import LossScaler
 from quill.training.metrics import count_answers
 from quill.training.models import Bigram, build, config_from_options, config_to_dict
@@ -159,29 +150,27 @@ def setup(config: TrainConfig, saved: dict | None = None, start=None) -> Run:
     check_memory(model_config, device)
     torch.manual_seed(config.seed)
     model = build(model_config)
-    forward = distributed.wrap(
-        model, device, config.parallel, config.compile_mode if compiles else None
-    )
+    compile_mode = config.compile_mode if compiles else None
+    forward = distributed.wrap(model, device, config.parallel, compile_mode)
     if start is not None:
         state_dict.load_model_state_dict(model, start.fitted(model_config))
+    flops_per_token = model.flops_per_token() / distributed.world_size()  # of this process
     peak_flops = devices.peak_flops(device, dtype)
     # A CUDA graph writes its gradients to the same memory at each replay, so they are added to
     # zeroed tensors of our own instead of becoming the gradients.
-    has_graphs = compiles and config.compile_mode == "reduce-overhead"
+    has_graphs = compile_mode == "reduce-overhead"
     run = Run(
         *(config, device, dtype, compiles, data, model, forward),
         optimizers=make_optimizers(model, config, dtype),
         scaler=LossScaler(device.type, enabled=dtype == torch.float16),
         ema=EMA(model, config.average_decay),
         guard=NonFiniteGuard(config, device),
-        timer=StepTimer(config.tokens_per_step, model.flops_per_token(), peak_flops),
+        timer=StepTimer(config.tokens_per_step, flops_per_token, peak_flops),
         set_to_none=not has_graphs,
         progress=Progress(),
     )
     if saved is not None:
-        objects = (model, run.optimizers, run.ema, run.scaler, run.guard)
-        run.progress = state_dict.load_training_state(saved, *objects)
-        run.has_checkpoint = True
+        state_dict.load_training_state(run, saved)
     if has_graphs:
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
@@ -200,9 +189,8 @@ def estimate_loss(run: Run) -> dict:
     """
     train, val = run.data.train, run.data.val
     train_loss, _ = evaluate_split(run, train, whole=False)
-    val_loss, val_exact = evaluate_split(
-        run, val, whole=len(val) <= dataset.MAX_TOKENS_EVALUATED_WHOLE
-    )
+    is_small = len(val) <= dataset.MAX_TOKENS_EVALUATED_WHOLE
+    val_loss, val_exact = evaluate_split(run, val, whole=is_small)
     metrics = {"train_loss": train_loss, "val_loss": val_loss}
     if val.examples is not None:
         metrics["val_exact"] = val_exact
@@ -243,13 +231,10 @@ def sample_text(run: Run) -> str:
     """A text that continues the beginning of the val split, drawn with (seed, step)."""
     data, config = run.data, run.config
     options = SampleOptions(max_new_tokens=config.sample_at_eval, seed=config.seed)
-    decoder = Decoder(run.model.eval(), data.tokenizer.vocab_size)
     prompt = tokenizers.decode(data.tokenizer, data.val.prompt.tolist())
-    pieces = stream_text(
-        decoder, data.tokenizer, prompt, options, run.progress.step,
-        reverses_answers(data.meta.tokenizer),
-    )  # fmt: skip
-    text = "".join(pieces)
+    decoder = Decoder(run.model.eval(), data.tokenizer.vocab_size)
+    what = (decoder, data.tokenizer, prompt, options, run.progress.step)
+    text = "".join(stream_text(*what, reverses_answers=data.reverses_answers))
     run.model.train()
     return text
 
@@ -333,7 +318,7 @@ def train(run: Run) -> int:
     """Train to the end, or until a signal; -> exit code."""
     config, progress = run.config, run.progress
     if distributed.is_main():
-        run.log = make_logger(run)
+        run.log = Logger(run)
     with contextlib.closing(run.log), stop_signals(distributed.world_size() == 1) as received:
         run.timer.start(progress)
         # A signal to one process stops all of them after the same step.
@@ -341,21 +326,12 @@ def train(run: Run) -> int:
             if evaluation_is_due(run):
                 evaluate_and_save(run)
             if is_last(run):
-                run.log.say(done_message(config, progress))
+                run.log.done(progress)
                 return EXIT_DONE
             loss, grad_norm = train_step(run)
             if progress.step % config.log_interval == 0 or progress.step == 1:
                 log_step(run, loss, grad_norm)
         return save_and_stop(run, number)
-
-
-def make_logger(run: Run) -> Logger:
-    resumed = dataclasses.replace(run.progress) if run.has_checkpoint else None
-    is_cpu = run.device.type == "cpu"
-    options = dataclasses.asdict(run.config)
-    log = Logger(Path(run.config.out_dir), options, resumed, run.compiles, warns_if_slow=is_cpu)
-    log.say(run_summary(run))
-    return log
 
 
 def is_last(run: Run) -> bool:
@@ -378,14 +354,6 @@ def evaluate(run: Run) -> dict:
     if run.config.sample_at_eval and distributed.is_main():
         record["sample"] = sample_text(run)
     return record
-
-
-def evaluate_once(run: Run) -> int:
-    with run.ema.as_weights():
-        record = evaluate(run)
-    if distributed.is_main():
-        print(evaluation_text(record), flush=True)
-    return EXIT_DONE
 
 
 def evaluate_and_save(run: Run) -> None:
@@ -430,8 +398,7 @@ def save(run: Run, name: str) -> None:
         "text_sha256": run.data.meta.sha256,
     }
     if name == checkpoint.LATEST:
-        contents |= state_dict.training_state(run.optimizers, run.ema, run.scaler)
-        contents["progress"] = dataclasses.asdict(run.progress)
+        contents |= state_dict.training_state(run)
     if distributed.is_main():
         run.log.sync()  # no checkpoint on the disk is newer than the metrics that led to it
         out_dir = Path(run.config.out_dir)
@@ -446,9 +413,17 @@ def save_and_stop(run: Run, signal_number: int) -> int:
     run.guard.report(run.progress.skipped_steps, run.log)
     run.progress.seconds = run.timer.seconds()
     save(run, checkpoint.LATEST)
-    run.log.say(stopped_message(run.config, run.progress, signal_number))
+    run.log.stopped(run.progress, signal_number)
     distributed.barrier()  # all wait for the save, and take no notice of further signals
     return 128 + signal_number
+
+
+def evaluate_only(run: Run) -> int:
+    with run.ema.as_weights():
+        record = evaluate(run)
+    if distributed.is_main():
+        print(evaluation_text(record), flush=True)
+    return EXIT_DONE
 
 
 # ---- the command -------------------------------------------------------------------------------
@@ -468,7 +443,7 @@ def main(argv: list[str]) -> int:
             )
             more = "which trains the same, or lower block_size, n_embd or n_layer"
             with devices.out_of_memory_advice(f"{halve}, {more}"):
-                return evaluate_once(run) if run.config.eval_only else train(run)
+                return evaluate_only(run) if run.config.eval_only else train(run)
 
 
 if __name__ == "__main__":

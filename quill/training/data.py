@@ -8,6 +8,7 @@ import torch
 
 from quill.data import dataset_files, tokenizers
 from quill.data.dataset import Split
+from quill.data.problems import reverses_answers
 from quill.errors import InputError
 from quill.files import dataset_folder
 from quill.training import distributed
@@ -19,6 +20,7 @@ class Data:
     tokenizer: tokenizers.Tokenizer
     train: Split
     val: Split
+    reverses_answers: bool  # see quill.data.problems
 
 
 def open_dataset(name: str, block_size: int, device: torch.device) -> Data:
@@ -48,4 +50,4 @@ def open_dataset(name: str, block_size: int, device: torch.device) -> Data:
         )
         for split in dataset_files.SPLITS
     )
-    return Data(meta, tokenizer, train, val)
+    return Data(meta, tokenizer, train, val, reverses_answers(meta.tokenizer))

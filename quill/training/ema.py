@@ -19,32 +19,32 @@ class EMA:
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):
-        self.weights = [p.detach() for p in model.parameters()] if decay else []
-        self.decay = decay
+        self.model, self.decay = model, decay
         self.restart()
 
     def restart(self) -> None:
         """From the present weights."""
-        self.average = [p.clone() for p in self.weights]
+        self.average = [p.clone() for p in self._weights()]
 
     def update(self, step: int) -> None:
         """After the update of this step, counted from 0. The decay starts low: 1/10, 2/11, ..."""
-        if self.weights:
+        if self.decay:
             decay = min(self.decay, (1 + step) / (10 + step))
-            get_ema_multi_avg_fn(decay)(self.average, self.weights, step)
+            get_ema_multi_avg_fn(decay)(self.average, self._weights(), step)
 
     @contextlib.contextmanager
     def as_weights(self):
         """In the block the model has the averaged weights."""
-        weights = [to_local(p) for p in self.weights]
+        if not self.decay:
+            yield
+            return
+        weights = [to_local(p) for p in self._weights()]
         latest = [p.clone() for p in weights]
-        copy_all(weights, [to_local(a) for a in self.average])
+        torch._foreach_copy_(weights, [to_local(a) for a in self.average])
         try:
             yield
         finally:
-            copy_all(weights, latest)
+            torch._foreach_copy_(weights, latest)
 
-
-def copy_all(targets: list, sources: list) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources)
+    def _weights(self) -> list[torch.Tensor]:
+        return [p.detach() for p in self.model.parameters()] if self.decay else []

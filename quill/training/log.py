@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
@@ -26,42 +27,35 @@ FORMATS = {"val_exact": "{:.2%} of the answers right"}
 class NullLogger:
     """For the processes that report nothing: rank 0 does."""
 
-    def say(self, text: str) -> None: ...
-
     def evaluation(self, record: dict, is_best: bool) -> None: ...
 
     def step(self, record: dict) -> None: ...
 
     def skipped(self, step: int, n_skipped: int, n_allowed: int) -> None: ...
 
+    def done(self, progress: Progress) -> None: ...
+
+    def stopped(self, progress: Progress, signal_number: int) -> None: ...
+
     def close(self) -> None: ...
 
 
 class Logger:
-    """Appends one JSON object a line to metrics.jsonl and prints the same.
+    """Appends one JSON object a line to metrics.jsonl of train.py's Run, and prints the same.
 
-    config: all options of the run. resumed: where a resumed run starts; it keeps the lines up to
-    there, while a new run starts a new file. compiles: the first lap of the timer includes a
-    compilation. warns_if_slow: say so if the run will take hours.
+    A resumed run keeps the lines up to its checkpoint; a new run starts a new file.
     """
 
-    def __init__(
-        self,
-        out_dir: Path,
-        config: dict,
-        resumed: Progress | None,
-        compiles: bool = False,
-        warns_if_slow: bool = False,
-    ):
-        self.max_iters = config["max_iters"]
-        self.path = out_dir / "metrics.jsonl"
-        self.resumed = resumed
-        self.n_laps, self.compiles, self.warns_if_slow = 0, compiles, warns_if_slow
+    def __init__(self, run):
+        config = dataclasses.asdict(run.config)
+        self.out_dir, self.max_iters = Path(run.config.out_dir), run.config.max_iters
+        self.path = self.out_dir / "metrics.jsonl"
+        self.resumed = dataclasses.replace(run.progress) if run.has_checkpoint else None
+        self.n_laps, self.compiles = 0, run.compiles
+        self.warns_if_slow = run.device.type == "cpu"
         self.file = None
-        self.dashboards = _open_dashboards(out_dir, config, resumed)
-
-    def say(self, text: str) -> None:
-        print(text, flush=True)
+        self.dashboards = _open_dashboards(self.out_dir, config, self.resumed)
+        print(run_summary(run), flush=True)
 
     def evaluation(self, record: dict, is_best: bool) -> None:
         self._write(record)
@@ -91,6 +85,21 @@ class Logger:
         """An update that was not made, because its loss or gradient was not finite."""
         self._write({"step": step, "skipped": n_skipped})
         print(f"step {step}: not finite, update skipped ({n_skipped} of {n_allowed})", flush=True)
+
+    def done(self, progress: Progress) -> None:
+        print(
+            f"done after step {progress.step}, best val loss {progress.best_val_loss:.4f}; "
+            f"next: python sample.py --out_dir={shlex.quote(str(self.out_dir))}",
+            flush=True,
+        )
+
+    def stopped(self, progress: Progress, signal_number: int) -> None:
+        command = "python" if distributed.world_size() == 1 else "torchrun ..."
+        print(
+            f"{signal.Signals(signal_number).name}: saved after step {progress.step}; go on with: "
+            f"{command} train.py --out_dir={shlex.quote(str(self.out_dir))} --init_from=resume",
+            flush=True,
+        )
 
     def close(self) -> None:
         if self.file is not None:
@@ -172,21 +181,6 @@ def run_summary(run) -> str:
     if run.has_checkpoint:
         lines.append(f"resuming after step {run.progress.step} of {config.max_iters}")
     return "\n".join(lines)
-
-
-def done_message(config, progress: Progress) -> str:
-    return (
-        f"done after step {progress.step}, best val loss {progress.best_val_loss:.4f}; "
-        f"next: python sample.py --out_dir={shlex.quote(config.out_dir)}"
-    )
-
-
-def stopped_message(config, progress: Progress, signal_number: int) -> str:
-    command = "python" if distributed.world_size() == 1 else "torchrun ..."
-    return (
-        f"{signal.Signals(signal_number).name}: saved after step {progress.step}; go on with: "
-        f"{command} train.py --out_dir={shlex.quote(config.out_dir)} --init_from=resume"
-    )
 
 
 def evaluation_text(record: dict, note: str = "") -> str:

@@ -223,15 +223,16 @@ def test_a_run_can_be_moved(tiny, call):
     assert not Path("a").exists() and torch.load("b/ckpt.pt", weights_only=True)["step"] == 6
 
 
-def test_an_evaluation_that_the_checkpoint_does_not_know_is_dropped(folder):
+def test_an_evaluation_that_the_checkpoint_does_not_know_is_dropped(tiny):
     """A signal saves step 3 before its evaluation; the resumed run evaluates and is killed."""
     evaluation = {"step": 3, "train_loss": 1.0, "val_loss": 1.0}
     lines = [{"step": 0, "val_loss": 2.0}, {"step": 3, "loss": 1.5}, evaluation]
     Path("metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = {"max_iters": 9, "wandb_log": False, "tensorboard_log": False}
-    report = Logger(folder, config, Progress(step=3, evaluated_step=0))
-    report.evaluation(evaluation, is_best=False)
-    report.close()
+    run = new_run("--out_dir=.", "--max_iters=9")
+    run.progress, run.has_checkpoint = Progress(step=3, evaluated_step=0), True
+    log = Logger(run)
+    log.evaluation(evaluation, is_best=False)
+    log.close()
     assert metrics("metrics.jsonl") == lines
 
 
