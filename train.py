@@ -35,17 +35,19 @@ from quill.settings import DType, option
 from quill.training import checkpoint, devices, distributed, state_dict
 from quill.training.checkpoint import Progress
 from quill.training.checks import check_memory, check_processes, check_resume, check_start
-from quill.training.data import Data, open_dataset
 from quill.training.ema import EMA
 from quill.training.log import Logger, NullLogger, StepTimer, evaluation_text
 from quill.training.loss_scale import LossScaler
 from quill.training.metrics import count_answers
-from quill.training.models import Bigram, build, config_from_options, config_to_dict
+from quill.training.models import Bigram, build, config_from_options
 from quill.training.nonfinite import NonFiniteGuard
 from quill.training.optimizers import OptimizerOptions, get_lr, make_optimizers, set_lr
+from quill.training.splits import Splits, open_splits
 
 # ---- options -----------------------------------------------------------------------------------
 
+# n_layer, block_size and so on: the fields of GPTConfig, but for vocab_size, which the dataset
+# decides. As in nanoGPT, a training run has no biases unless it is told to.
 ModelOptions = settings.options_of(GPTConfig, leave_out=("vocab_size",), bias=False)
 
 
@@ -119,7 +121,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype  # of matrix products
     compiles: bool
-    data: Data
+    data: Splits  # train, val, and their tokenizer
     model: GPT | Bigram  # the weights
     forward: torch.nn.Module  # the same model, compiled and on several processes
     optimizers: list[torch.optim.Optimizer]
@@ -130,7 +132,7 @@ class Run:
     set_to_none: bool  # how gradients are zeroed
     progress: Progress
     has_checkpoint: bool = False  # in out_dir, so that ckpt.previous.pt is of the same run
-    next_batch: list | None = None  # prefetched
+    next_micro_batches: list | None = None  # prefetched
     log: Logger | NullLogger = dataclasses.field(default_factory=NullLogger)
 
 
@@ -141,7 +143,7 @@ def setup(config: TrainConfig, saved: dict | None = None, start=None) -> Run:
     compiles = devices.pick_compile(config.compile, device)
     devices.set_up_device(device, config.deterministic)
     check_processes(config, device, dtype, compiles)
-    data = open_dataset(config.dataset, config.block_size, device)
+    data = open_splits(config.dataset, config.block_size, device)
     model_config = config_from_options(config, data.meta.vocab_size)
     if saved is not None:
         check_resume(config, data, model_config, saved)
@@ -160,7 +162,13 @@ def setup(config: TrainConfig, saved: dict | None = None, start=None) -> Run:
     # zeroed tensors of our own instead of becoming the gradients.
     has_graphs = compile_mode == "reduce-overhead"
     run = Run(
-        *(config, device, dtype, compiles, data, model, forward),
+        config=config,
+        device=device,
+        dtype=dtype,
+        compiles=compiles,
+        data=data,
+        model=model,
+        forward=forward,
         optimizers=make_optimizers(model, config, dtype),
         scaler=LossScaler(device.type, enabled=dtype == torch.float16),
         ema=EMA(model, config.average_decay),
@@ -175,7 +183,7 @@ def setup(config: TrainConfig, saved: dict | None = None, start=None) -> Run:
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
     if distributed.world_size() > 1 and config.parallel == "ddp":
-        distributed.settle_ddp(forward, lambda: loss_sum(run, get_batch(run, 0)[0]))
+        distributed.settle_ddp(forward, lambda: loss_sum(run, get_micro_batches(run, 0)[0]))
     return run
 
 
@@ -233,8 +241,11 @@ def sample_text(run: Run) -> str:
     options = SampleOptions(max_new_tokens=config.sample_at_eval, seed=config.seed)
     prompt = tokenizers.decode(data.tokenizer, data.val.prompt.tolist())
     decoder = Decoder(run.model.eval(), data.tokenizer.vocab_size)
-    what = (decoder, data.tokenizer, prompt, options, run.progress.step)
-    text = "".join(stream_text(*what, reverses_answers=data.reverses_answers))
+    text = "".join(
+        stream_text(
+            decoder, data.tokenizer, prompt, options, run.progress.step, data.reverses_answers
+        )
+    )
     run.model.train()
     return text
 
@@ -242,8 +253,8 @@ def sample_text(run: Run) -> str:
 # ---- a training step ---------------------------------------------------------------------------
 
 
-def get_batch(run: Run, step: int) -> list:
-    """The (idx, targets) windows of the step, in micro-steps; several processes share them out.
+def get_micro_batches(run: Run, step: int) -> list:
+    """The step's windows, as (idx, targets) of each micro-step; each process takes its part.
 
     Which windows these are depends on (seed, step) alone.
     """
@@ -283,7 +294,7 @@ def train_step(run: Run):
     """Make one optimizer update; -> (loss, gradient norm), tensors that stay on the device."""
     step = run.progress.step
     set_lr(run.optimizers, run.config, step)
-    micro_batches = run.next_batch or get_batch(run, step)
+    micro_batches = run.next_micro_batches or get_micro_batches(run, step)
     loss, grad_norm = compute_gradients(run, micro_batches)
     while run.scaler.lower_after_overflow(loss, grad_norm, run.optimizers, run.set_to_none):
         loss, grad_norm = compute_gradients(run, micro_batches)  # float16: the same step again
@@ -291,13 +302,18 @@ def train_step(run: Run):
     run.ema.update(step)
     run.progress.step += 1
     run.progress.tokens += run.config.tokens_per_step
-    run.next_batch = get_batch(run, step + 1)  # while the device is still busy with this one
+    run.next_micro_batches = get_micro_batches(
+        run, step + 1
+    )  # while the device is still busy with this one
     return loss, grad_norm
 
 
 def update_weights(run: Run, loss, grad_norm) -> None:
-    """Step the optimizers, which skip a step that is not finite by looking at `found_inf` on the
-    device, so that this process need not wait to find out."""
+    """Step the optimizers, unless the loss or the gradient is not finite.
+
+    AdamW's fused kernel and our Muon read `found_inf` on the device and then change nothing, so
+    that this process need not wait to find out.
+    """
     found_inf = run.guard.check(loss, grad_norm, run.progress.step + 1)
     for optimizer in run.optimizers:
         if run.scaler.is_enabled():
@@ -321,27 +337,29 @@ def train(run: Run) -> int:
         run.log = Logger(run)
     with contextlib.closing(run.log), stop_signals(distributed.world_size() == 1) as received:
         run.timer.start(progress)
-        # A signal to one process stops all of them after the same step.
-        while not (number := distributed.all_reduce_max(max(received, default=0))):
+        while True:
+            # A signal to one process stops all of them after the same step.
+            signal_number = distributed.all_reduce_max(max(received, default=0))
+            if signal_number:
+                return save_and_stop(run, signal_number)
             if evaluation_is_due(run):
                 evaluate_and_save(run)
-            if is_last(run):
+            if is_finished(run):
                 run.log.done(progress)
                 return EXIT_DONE
             loss, grad_norm = train_step(run)
             if progress.step % config.log_interval == 0 or progress.step == 1:
                 log_step(run, loss, grad_norm)
-        return save_and_stop(run, number)
 
 
-def is_last(run: Run) -> bool:
+def is_finished(run: Run) -> bool:
     is_stale = 0 < run.config.patience <= run.progress.stale_evaluations
     return is_stale or run.progress.step >= run.config.max_iters
 
 
 def evaluation_is_due(run: Run) -> bool:
     step = run.progress.step
-    is_due = step % run.config.eval_interval == 0 or is_last(run)
+    is_due = step % run.config.eval_interval == 0 or is_finished(run)
     return is_due and step != run.progress.evaluated_step
 
 
@@ -371,13 +389,13 @@ def evaluate_and_save(run: Run) -> None:
     record["lr"] = get_lr(config, progress.step)
     record |= {"tokens": progress.tokens, "seconds": round(progress.seconds, 3)}
     run.log.evaluation(record, is_best)
-    if is_best or config.always_save_checkpoint or is_last(run):
+    if is_best or config.always_save_checkpoint or is_finished(run):
         save(run, checkpoint.LATEST)
     run.timer.restart(progress.step)
 
 
 def log_step(run: Run, loss, grad_norm) -> None:
-    """Apart from evaluations, the only place in the loop that waits for the device."""
+    """Apart from evaluations and float16, the only place where the loop waits for the device."""
     run.guard.report(run.progress.skipped_steps, run.log)
     numbers = {"loss": loss.item(), "grad_norm": grad_norm.item()}
     record = {"step": run.progress.step}
@@ -388,15 +406,7 @@ def log_step(run: Run, loss, grad_norm) -> None:
 
 def save(run: Run, name: str) -> None:
     """best.pt, with what sampling needs, or ckpt.pt, with all that an exact resume needs."""
-    contents = {
-        "model": state_dict.model_state_dict(run.model),
-        "model_config": config_to_dict(run.model.config),
-        "config": dataclasses.asdict(run.config),
-        "tokenizer": run.data.meta.tokenizer,
-        "step": run.progress.step,
-        "best_val_loss": run.progress.best_val_loss,
-        "text_sha256": run.data.meta.sha256,
-    }
+    contents = state_dict.sampling_state(run)
     if name == checkpoint.LATEST:
         contents |= state_dict.training_state(run)
     if distributed.is_main():
@@ -431,19 +441,19 @@ def evaluate_only(run: Run) -> int:
 
 def main(argv: list[str]) -> int:
     with distributed.session():
-        config = settings.load(TrainConfig, argv, usage=__doc__)
+        command_line = settings.load(TrainConfig, argv, usage=__doc__)
         sys.stdout.reconfigure(errors="replace")  # for samples with characters that it lacks
-        is_writer = distributed.is_main() and not config.eval_only
-        folder = run_folder(config.out_dir)
+        is_writer = distributed.is_main() and not command_line.eval_only
+        folder = run_folder(command_line.out_dir)
         with file_lock(folder) if is_writer else contextlib.nullcontext():
             with devices.out_of_memory_advice("lower n_embd or n_layer"):
-                run = setup(*find_start(TrainConfig, argv, usage=__doc__))
-            halve = (
-                f"halve batch_size={run.config.batch_size} and double gradient_accumulation_steps"
-            )
-            more = "which trains the same, or lower block_size, n_embd or n_layer"
-            with devices.out_of_memory_advice(f"{halve}, {more}"):
-                return evaluate_only(run) if run.config.eval_only else train(run)
+                config, saved, start = find_start(TrainConfig, argv, usage=__doc__)
+                run = setup(config, saved, start)
+            with devices.out_of_memory_advice(
+                f"halve batch_size={config.batch_size} and double gradient_accumulation_steps, "
+                "which trains the same, or lower block_size, n_embd or n_layer"
+            ):
+                return evaluate_only(run) if config.eval_only else train(run)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ def _split_argv(argv, types_of):
     """-> (words, [(name, text)], problems); `--key=value` and `--key value` are the same.
 
     A boolean option without a value, before another flag or a config file or last, is true.
+    argparse would take the config file as its value, refuse `--start -x`, and report one problem.
     """
     words, flags, problems = [], [], []
     rest = list(argv)

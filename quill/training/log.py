@@ -20,8 +20,9 @@ from quill.training.checkpoint import Progress
 
 SLOW_RUN_SECONDS = 3600
 
-# How an evaluation's metrics are shown where four digits after their name would not do.
+# How metrics of an evaluation are printed, if not as their name and four digits.
 FORMATS = {"val_exact": "{:.2%} of the answers right"}
+NO_METRICS = ("step", "sample", "lr", "tokens", "seconds")  # what else is in its record
 
 
 class NullLogger:
@@ -185,17 +186,13 @@ def run_summary(run) -> str:
 
 def evaluation_text(record: dict, note: str = "") -> str:
     """The line of metrics, and below it the sample if there is one."""
-    shown = {name: value for name, value in record.items() if name not in NOT_SHOWN}
     metrics = [
-        FORMATS[name].format(value) if name in FORMATS else f"{name.replace('_', ' ')} {value:.4f}"
-        for name, value in shown.items()
+        FORMATS.get(name, f"{name.replace('_', ' ')} {{:.4f}}").format(value)
+        for name, value in record.items()
+        if name not in NO_METRICS
     ]
     line = f"step {record['step']}: {', '.join(metrics)}{note}"
     return f"{line}\n{record['sample']}" if "sample" in record else line
-
-
-# What an evaluation's record holds besides metrics.
-NOT_SHOWN = ("step", "sample", "lr", "tokens", "seconds")
 
 
 def _clock(seconds: float) -> str:

@@ -21,6 +21,7 @@ from quill.errors import InputError
 from quill.training import distributed
 from quill.training.checkpoint import LATEST, MISFITS, Progress
 from quill.training.devices import is_out_of_memory
+from quill.training.models import config_to_dict
 
 
 def model_state_dict(model: torch.nn.Module) -> dict:
@@ -33,8 +34,21 @@ def model_state_dict(model: torch.nn.Module) -> dict:
     return weights
 
 
+def sampling_state(run) -> dict:
+    """What sampling from train.py's Run needs."""
+    return {
+        "model": model_state_dict(run.model),
+        "model_config": config_to_dict(run.model.config),
+        "config": dataclasses.asdict(run.config),
+        "tokenizer": run.data.meta.tokenizer,
+        "step": run.progress.step,
+        "best_val_loss": run.progress.best_val_loss,
+        "text_sha256": run.data.meta.sha256,
+    }
+
+
 def training_state(run) -> dict:
-    """What a resume of train.py's Run needs beside the weights.
+    """What a resume needs beside that.
 
     No random state is among it: each step derives its own from (seed, step).
     """

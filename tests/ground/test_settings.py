@@ -36,6 +36,7 @@ def load(*argv, **kwargs):
         (["--name=a=b"], "name", "a=b"),
         (["--name="], "name", ""),
         (["--name", "-1"], "name", "-1"),
+        (["--name", "-x"], "name", "-x"),
         (["--fast=TRUE"], "fast", True),
         (["--fast", "false"], "fast", False),
         (["--fast"], "fast", True),

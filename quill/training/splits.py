@@ -1,4 +1,4 @@
-"""The dataset of a run, opened by all of its processes."""
+"""The train and val splits of a run, opened by all of its processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quill.training import distributed
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class Splits:
     meta: dataset_files.Meta
     tokenizer: tokenizers.Tokenizer
     train: Split
@@ -23,7 +23,7 @@ class Data:
     reverses_answers: bool  # see quill.data.problems
 
 
-def open_dataset(name: str, block_size: int, device: torch.device) -> Data:
+def open_splits(name: str, block_size: int, device: torch.device) -> Splits:
     """Raises InputError when data/<name> is missing, damaged, or too short for block_size."""
     folder = dataset_folder(name)
     if distributed.is_local_main():
@@ -50,4 +50,4 @@ def open_dataset(name: str, block_size: int, device: torch.device) -> Data:
         )
         for split in dataset_files.SPLITS
     )
-    return Data(meta, tokenizer, train, val, reverses_answers(meta.tokenizer))
+    return Splits(meta, tokenizer, train, val, reverses_answers(meta.tokenizer))
