@@ -10,8 +10,6 @@ can be turned on alone. In the classic variant the weights carry GPT-2's names.
 Shapes:  B batch   T time, in tokens   C n_embd   nh n_head   hs head size, C / nh   V vocab_size
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import typing
@@ -48,17 +46,19 @@ class GPTConfig:
     init_std: float = option(0.02, "standard deviation of the initial weights", min=1e-6, max=1)
 
     def __post_init__(self):
-        for name, kind in typing.get_type_hints(GPTConfig).items():
-            value = getattr(self, name)
+        kinds = typing.get_type_hints(GPTConfig)
+        for field in dataclasses.fields(GPTConfig):
+            value, kind = getattr(self, field.name), kinds[field.name]
+            bounds = field.metadata.get("min", -math.inf), field.metadata.get("max", math.inf)
             if kind is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{name}={value!r} is not a positive whole number")
+                raise ValueError(f"{field.name}={value!r} is not a positive whole number")
+            if kind is float and (
+                type(value) not in (int, float) or not bounds[0] <= value <= bounds[1]
+            ):
+                raise ValueError(f"{field.name}={value!r} is not a number within {bounds}")
             choices = (True, False) if kind is bool else typing.get_args(kind)
             if choices and value not in choices:
-                raise ValueError(f"{name}={value!r} is none of {choices}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r} is not at least 0 and below 1")
-        if not 0 < self.init_std <= 1:
-            raise ValueError(f"init_std={self.init_std!r} is not above 0 and at most 1")
+                raise ValueError(f"{field.name}={value!r} is none of {choices}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if self.position == "rotary" and self.head_size % 2:
@@ -152,7 +152,7 @@ class CausalSelfAttention(nn.Module):
         q, k = qk.chunk(2, dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def forward(self, x, rotary=None, cache: KVCache | None = None):
+    def forward(self, x, rotary=None, cache=None):
         B, T, C = x.shape
         q, k, v = self.queries_keys_values(x, rotary)
         dtype, mask = v.dtype, None
@@ -304,7 +304,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))
         return logits, cross_entropy(logits, targets, reduction)
 
-    def new_cache(self, batch_size: int) -> KVCache:
+    def new_cache(self, batch_size: int) -> "KVCache":
         return KVCache(self, batch_size)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:

@@ -12,9 +12,7 @@ the meta.pkl of a dataset that nanoGPT prepared. In .jsonl a line is {"text": ..
 ..., "completion": ...}, of which only the completion carries loss.
 """
 
-from __future__ import annotations
-
-import quill.interrupts  # noqa: F401  first, for Ctrl-C during the imports below
+import quill.startup  # noqa: F401  first, for Ctrl-C during the imports below
 
 # isort: split
 
@@ -29,7 +27,7 @@ import numpy as np
 from quill import settings
 from quill.data import dataset_files, problems, tokenizers
 from quill.data.corpus import Corpus, Section, Survey, survey
-from quill.data.encode import TRAIN_FRACTION, encode_corpus, encode_documents
+from quill.data.encode import encode_corpus, encode_documents
 from quill.errors import InputError, run_command
 from quill.files import dataset_folder, file_lock, sha256_of_file
 from quill.interop import hf_tokenizers, nanogpt
@@ -65,23 +63,24 @@ class Source:
 def main(argv: list[str]) -> int:
     config = settings.load(PrepareConfig, argv, usage=__doc__, positional="dataset")
     folder = dataset_folder(config.dataset)
+    make = from_text
     if config.dataset in problems.CHARS and not config.input:
-        source = from_problems(config)
+        make = from_problems
     elif config.input.endswith(".pkl"):
-        source = from_nanogpt(config)
-    else:
-        source = from_text(config)
+        make = from_nanogpt
+    if config.tokenizer and make != from_text:
+        given = config.input or config.dataset
+        raise InputError(f"tokenizer={config.tokenizer}: {given} has its own; leave it out")
+    source = make(config)
     with file_lock(folder):
         meta = up_to_date(folder, source)
-        done = "up to date:"
+        done = "up to date:" if meta else "made"
         if meta is None:
             meta = dataset_files.write(folder, source.chunks, source.is_masked, **source.described)
-            done = "made"
     size = (meta.train_tokens + meta.val_tokens) * np.dtype(meta.dtype).itemsize
     print(
-        f"{done} {folder}/: {source.facts}, vocabulary {meta.vocab_size:,}, "
-        f"{meta.train_tokens:,} train + {meta.val_tokens:,} val tokens, {size:,} bytes of "
-        f"{meta.dtype}"
+        f"{done} {folder}/: {source.facts}, vocabulary {meta.vocab_size:,}, {meta.train_tokens:,} "
+        f"train + {meta.val_tokens:,} val tokens, {size:,} bytes of {meta.dtype}"
     )
     return 0
 
@@ -90,12 +89,11 @@ def from_text(config: PrepareConfig) -> Source:
     name = config.input or str(built_in_text(config.dataset))
     corpus = Corpus(name)
     found = survey(corpus)
-    if int((found.n_chars if corpus.is_one_text else found.n_documents) * TRAIN_FRACTION) == 0:
-        what = f"{found.n_chars} characters" if corpus.is_one_text else "one document"
-        raise InputError(f"{name}: {what} cannot be split into train and val")
-    tokenizer = choose_tokenizer(
-        config.tokenizer or BUILT_IN.get(config.dataset, "char"), found, not corpus.is_one_text
-    )
+    unit = "character" if corpus.is_one_text else "document"
+    if (found.n_chars if corpus.is_one_text else found.n_documents) == 1:
+        raise InputError(f"{name}: one {unit} cannot be split into train and val")
+    kind = config.tokenizer or BUILT_IN.get(config.dataset, "char")
+    tokenizer = choose_tokenizer(kind, found, ends_texts=not corpus.is_one_text)
     described = describe(tokenizer, Path(name).name, found.sha256)
     facts = f"{found.n_chars:,} characters ({len(found.chars)} distinct) of {name}"
     if not corpus.is_one_text:
@@ -105,7 +103,6 @@ def from_text(config: PrepareConfig) -> Source:
 
 def from_nanogpt(config: PrepareConfig) -> Source:
     path = Path(config.input)
-    refuse_tokenizer(config, config.input)
     tokenizer = nanogpt.read_tokenizer(path)
     chunks, sha256 = nanogpt.read_bins(path.parent, tokenizer.vocab_size)
     described = describe(tokenizer, path.parent.name, sha256)
@@ -113,7 +110,6 @@ def from_nanogpt(config: PrepareConfig) -> Source:
 
 
 def from_problems(config: PrepareConfig) -> Source:
-    refuse_tokenizer(config, config.dataset)
     made = [*problems.problems(config.dataset)]
     tokenizer = problems.tokenizer_of(config.dataset)
     sha256 = hashlib.sha256("\n".join(map(" ".join, made)).encode()).hexdigest()
@@ -123,13 +119,8 @@ def from_problems(config: PrepareConfig) -> Source:
         (split, [Section([prompt], has_loss=False), Section([completion], has_loss=True)])
         for split, prompt, completion in made
     )
-    chunks = encode_documents(documents, tokenizer, ends_texts=True, is_masked=True)
+    chunks = encode_documents(documents, tokenizer, ends_texts=True)
     return Source(described, chunks, True, f"{len(made):,} problems")
-
-
-def refuse_tokenizer(config: PrepareConfig, source: str) -> None:
-    if config.tokenizer:
-        raise InputError(f"tokenizer={config.tokenizer}: {source} has its own; leave it out")
 
 
 def describe(tokenizer: tokenizers.Tokenizer, source: str, sha256: str) -> dict:
@@ -182,23 +173,20 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
             f"tokenizer={path}: use char, byte, gpt2, a dataset's meta.json, nanoGPT's meta.pkl, "
             "or the folder of a run or of a Hugging Face model"
         )
-    tokenizer = hf_tokenizers.read(path)
-    if tokenizer is None:
-        from quill.interop import pretrained  # here, because it imports torch: over a second
+    if tokenizer := hf_tokenizers.read(path):
+        return tokenizer
+    from quill.interop import pretrained  # here, because it imports torch: over a second
 
-        tokenizer = pretrained.from_folder(path).tokenizer
-    return tokenizer
+    return pretrained.from_folder(path).tokenizer
 
 
 def up_to_date(folder: Path, source: Source) -> dataset_files.Meta | None:
     """The dataset's meta, if it was made from the same text with the same tokenizer, else None."""
     try:
-        meta = dataset_files.read_meta(folder / "meta.json")
-        if any(getattr(meta, name) != value for name, value in source.described.items()):
-            return None
-        return dataset_files.read(folder)[0]  # compares the checksums of all files
+        meta, _ = dataset_files.read(folder)  # compares the checksums of all files
     except InputError:
         return None
+    return meta if source.described.items() <= vars(meta).items() else None
 
 
 if __name__ == "__main__":

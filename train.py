@@ -7,9 +7,7 @@ Usage:
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
 """
 
-from __future__ import annotations
-
-import quill.interrupts  # noqa: F401  first, for Ctrl-C during the imports below
+import quill.startup  # noqa: F401  first, for Ctrl-C during the imports below
 
 # isort: split
 
@@ -28,6 +26,7 @@ from quill import settings
 from quill.data import dataset, tokenizers
 from quill.errors import EXIT_DONE, RunError, run_command, stop_signals
 from quill.files import file_lock, run_folder
+from quill.interop.pretrained import Pretrained
 from quill.interop.start import find_start
 from quill.sampling.decoder import Decoder
 from quill.sampling.text import SampleOptions, stream_text
@@ -37,10 +36,9 @@ from quill.training.checkpoint import Progress
 from quill.training.checks import check_memory, check_processes, check_resume, check_start
 from quill.training.ema import EMA
 from quill.training.log import Logger, NullLogger, StepTimer, evaluation_text
-from quill.training.loss_scale import LossScaler
 from quill.training.metrics import count_answers
-from quill.training.models import Bigram, build, config_from_options
-from quill.training.nonfinite import NonFiniteGuard
+from quill.training.models import Bigram, build, config_from_options, config_to_dict
+from quill.training.nonfinite import LossScaler, NonFiniteGuard
 from quill.training.optimizers import OptimizerOptions, get_lr, make_optimizers, set_lr
 from quill.training.splits import Splits, open_splits
 
@@ -136,8 +134,8 @@ class Run:
     log: Logger | NullLogger = dataclasses.field(default_factory=NullLogger)
 
 
-def setup(config: TrainConfig, saved: dict | None = None, start=None) -> Run:
-    """A new run; one that resumes a saved checkpoint; or one from given weights (a Pretrained)."""
+def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | None = None) -> Run:
+    """A new run; one that resumes a saved checkpoint; or one that starts from given weights."""
     device = devices.pick_device(config.device)
     dtype = devices.pick_dtype(config.dtype, device)
     compiles = devices.pick_compile(config.compile, device)
@@ -147,15 +145,17 @@ def setup(config: TrainConfig, saved: dict | None = None, start=None) -> Run:
     model_config = config_from_options(config, data.meta.vocab_size)
     if saved is not None:
         check_resume(config, data, model_config, saved)
+    weights = None
     if start is not None:
         check_start(config, data, start)
+        weights = start.fitted(model_config)
     check_memory(model_config, device)
     torch.manual_seed(config.seed)
     model = build(model_config)
     compile_mode = config.compile_mode if compiles else None
     forward = distributed.wrap(model, device, config.parallel, compile_mode)
-    if start is not None:
-        state_dict.load_model_state_dict(model, start.fitted(model_config))
+    if weights is not None:
+        state_dict.load_model_state_dict(model, weights)
     flops_per_token = model.flops_per_token() / distributed.world_size()  # of this process
     peak_flops = devices.peak_flops(device, dtype)
     # A CUDA graph writes its gradients to the same memory at each replay, so they are added to
@@ -178,7 +178,10 @@ def setup(config: TrainConfig, saved: dict | None = None, start=None) -> Run:
         progress=Progress(),
     )
     if saved is not None:
-        state_dict.load_training_state(run, saved)
+        parts = (model, run.optimizers, run.ema, run.scaler, run.guard)
+        path = Path(config.out_dir, checkpoint.LATEST)
+        run.progress = state_dict.load_training_state(saved, path, *parts)
+        run.has_checkpoint = True
     if has_graphs:
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
@@ -260,7 +263,7 @@ def get_micro_batches(run: Run, step: int) -> list:
     """
     shape = (run.config.gradient_accumulation_steps, run.config.batch_size)
     offsets = run.data.train.train_offsets(math.prod(shape), run.config.seed, step).reshape(shape)
-    return [run.data.train.get_batch(rows) for rows in distributed.shard_batch(offsets)]
+    return [run.data.train.get_batch(part) for part in distributed.shard_batch(offsets)]
 
 
 def loss_sum(run: Run, batch: tuple):
@@ -406,9 +409,18 @@ def log_step(run: Run, loss, grad_norm) -> None:
 
 def save(run: Run, name: str) -> None:
     """best.pt, with what sampling needs, or ckpt.pt, with all that an exact resume needs."""
-    contents = state_dict.sampling_state(run)
+    contents = {
+        "model": state_dict.model_state_dict(run.model),
+        "model_config": config_to_dict(run.model.config),
+        "config": dataclasses.asdict(run.config),
+        "tokenizer": run.data.meta.tokenizer,
+        "step": run.progress.step,
+        "best_val_loss": run.progress.best_val_loss,
+        "text_sha256": run.data.meta.sha256,
+    }
     if name == checkpoint.LATEST:
-        contents |= state_dict.training_state(run)
+        contents |= state_dict.training_state(run.optimizers, run.ema, run.scaler)
+        contents["progress"] = dataclasses.asdict(run.progress)
     if distributed.is_main():
         run.log.sync()  # no checkpoint on the disk is newer than the metrics that led to it
         out_dir = Path(run.config.out_dir)
@@ -424,7 +436,7 @@ def save_and_stop(run: Run, signal_number: int) -> int:
     run.progress.seconds = run.timer.seconds()
     save(run, checkpoint.LATEST)
     run.log.stopped(run.progress, signal_number)
-    distributed.barrier()  # all wait for the save, and take no notice of further signals
+    distributed.barrier()  # all wait for the save; further signals are only noted
     return 128 + signal_number
 
 
@@ -441,19 +453,18 @@ def evaluate_only(run: Run) -> int:
 
 def main(argv: list[str]) -> int:
     with distributed.session():
-        command_line = settings.load(TrainConfig, argv, usage=__doc__)
+        config = settings.load(TrainConfig, argv, usage=__doc__)
         sys.stdout.reconfigure(errors="replace")  # for samples with characters that it lacks
-        is_writer = distributed.is_main() and not command_line.eval_only
-        folder = run_folder(command_line.out_dir)
+        is_writer = distributed.is_main() and not config.eval_only
+        folder = run_folder(config.out_dir)
         with file_lock(folder) if is_writer else contextlib.nullcontext():
             with devices.out_of_memory_advice("lower n_embd or n_layer"):
-                config, saved, start = find_start(TrainConfig, argv, usage=__doc__)
-                run = setup(config, saved, start)
+                run = setup(*find_start(config, argv, usage=__doc__))
             with devices.out_of_memory_advice(
-                f"halve batch_size={config.batch_size} and double gradient_accumulation_steps, "
+                f"halve batch_size={run.config.batch_size} and double gradient_accumulation_steps, "
                 "which trains the same, or lower block_size, n_embd or n_layer"
             ):
-                return evaluate_only(run) if config.eval_only else train(run)
+                return evaluate_only(run) if run.config.eval_only else train(run)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python lecture/gpt.py [TEXT]
 
 TEXT is a UTF-8 file, by default data/tinyshakespeare.txt, which `python prepare.py` downloads. The
-sizes suit a 2-core CPU; the lecture's own, for a GPU, are in the comments. spelled_out.py explains
-the pieces; model.py and train.py are the fast and general form.
+sizes suit a 2-core CPU, where the run takes 98 s and ends at a val loss of 1.76 (one run); the
+lecture's own sizes, for a GPU, are in the comments. spelled_out.py explains the pieces; model.py
+and train.py are the fast and general form.
 
 Shapes:  B batch   T time, in tokens   C N_EMBD   hs head size   V vocab_size
 """

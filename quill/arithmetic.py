@@ -4,9 +4,7 @@ Usage:
     python -m quill.arithmetic --out_dir=out
 """
 
-from __future__ import annotations
-
-import quill.interrupts  # noqa: F401  first, for Ctrl-C during the imports below
+import quill.startup  # noqa: F401  first, for Ctrl-C during the imports below
 
 # isort: split
 
@@ -43,9 +41,7 @@ def main(argv: list[str]) -> int:
     loaded = pretrained.from_folder(Path(config.out_dir))
     tokenizer = problems.tokenizer_of("calculator")
     if loaded.tokenizer.to_json() != tokenizer.to_json() or not loaded.reverses_answers:
-        raise InputError(
-            f"{config.out_dir} is no run of the calculator: see `prepare.py calculator`"
-        )
+        raise InputError(f"{config.out_dir} is no run of the calculator: see docs/lecture.md")
     model = loaded.build().eval().to(device)
     held_out = problems.calculations_held_out(random.Random(problems.SEED))
     columns = [*dict.fromkeys(held_out.values())]

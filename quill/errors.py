@@ -1,7 +1,5 @@
 """Errors, as one line on stderr and an exit code; signals."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os
@@ -44,7 +42,8 @@ def expected_failure(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, BrokenPipeError):
         return "nobody reads the output any more; stopped", EXIT_FAILED
     if isinstance(error, OSError):
-        return describe_os_error(error), EXIT_FAILED
+        is_bad_name = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+        return describe_os_error(error), EXIT_BAD_INPUT if is_bad_name else EXIT_FAILED
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     return None

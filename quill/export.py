@@ -7,9 +7,7 @@ AutoModelForCausalLM and AutoTokenizer load the folder DEST. A model with GPT-2'
 GPT2LMHeadModel, one with Llama's a LlamaForCausalLM; any other is refused.
 """
 
-from __future__ import annotations
-
-import quill.interrupts  # noqa: F401  first, for Ctrl-C during the imports below
+import quill.startup  # noqa: F401  first, for Ctrl-C during the imports below
 
 # isort: split
 
@@ -33,10 +31,8 @@ class ExportConfig:
 def main(argv: list[str]) -> int:
     config = settings.load(ExportConfig, argv, usage=__doc__, positional="dest")
     if not config.dest:
-        raise InputError(
-            "DEST, the folder to write, is missing; "
-            "use: python -m quill.export --out_dir=out DEST (--help says more)"
-        )
+        use = "use: python -m quill.export --out_dir=out DEST (--help says more)"
+        raise InputError(f"DEST, the folder to write, is missing; {use}")
     dest = Path(config.dest)
     refuse_to_overwrite(dest)
     path = checkpoint.find_checkpoint(Path(config.out_dir))
@@ -61,12 +57,9 @@ def refuse_to_overwrite(dest: Path) -> None:
         raise InputError(f"{dest}: {error.strerror}; choose another folder") from None
     if all(name.endswith((".tmp", ".lock")) for name in names):  # left by an export that was killed
         return
-    path = dest / "model.safetensors"
-    with (
-        contextlib.suppress(OSError, safetensors.SafetensorError),
-        safetensors.safe_open(path, framework="pt") as file,
-    ):
-        if file.metadata() == huggingface.PRODUCER:
+    weights = dest / "model.safetensors"
+    with contextlib.suppress(OSError, safetensors.SafetensorError):
+        if safetensors.safe_open(weights, framework="pt").metadata() == huggingface.PRODUCER:
             return
     raise InputError(f"{dest} is not empty and not an earlier export: choose another folder")
 

@@ -1,7 +1,5 @@
 """Atomic writes, file locks, checksums, folder names, and a progress line."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

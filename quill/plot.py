@@ -12,9 +12,7 @@ Usage:
 Beside each PNG the same picture is written as SVG.
 """
 
-from __future__ import annotations
-
-import quill.interrupts  # noqa: F401  first, for Ctrl-C during the imports below
+import quill.startup  # noqa: F401  first, for Ctrl-C during the imports below
 
 # isort: split
 
@@ -28,21 +26,19 @@ from quill.files import atomic_write
 from quill.settings import option
 from quill.views import curves
 
-
-@dataclasses.dataclass(frozen=True)
-class PlotConfig:
-    out_dir: str = option("out", "the run's folder, or several separated by commas")
-    pictures: Literal["all", "loss", "attention", "surprise", "neighbours"] = option(
-        "all", "which to draw"
-    )
-    start: str = option("", "the text to look at, or FILE:path; if empty, the model writes one")
-
-
 # A white background also on a dark page; text in an SVG stays text.
 STYLE = {
     **{"savefig.facecolor": "white", "savefig.dpi": 150, "savefig.bbox": "tight", "font.size": 9},
     **{"svg.fonttype": "none", "svg.hashsalt": "quill", "text.parse_math": False},
 }
+Which = Literal["all", "loss", "attention", "surprise", "neighbours"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlotConfig:
+    out_dir: str = option("out", "the run's folder, or several separated by commas")
+    pictures: Which = option("all", "which to draw")
+    start: str = option("", "the text to look at, or FILE:path; if empty, the model writes one")
 
 
 def main(argv: list[str]) -> int:
@@ -54,13 +50,11 @@ def main(argv: list[str]) -> int:
     out_dirs = [Path(name) for name in config.out_dir.split(",")]
     with matplotlib.rc_context(STYLE):
         for name, figure in draw(config, out_dirs).items():
-            path = out_dirs[0] / f"{name}.png"
-            with atomic_write(path) as (file,):
-                figure.savefig(file, format="png")
-            with atomic_write(path.with_suffix(".svg")) as (file,):
-                # Without the date, the same run gives the same file.
-                figure.savefig(file, format="svg", metadata={"Date": None})
-            print(f"wrote {path} and {path.with_suffix('.svg').name}")
+            for kind in ("png", "svg"):
+                metadata = {"Date": None} if kind == "svg" else None  # the same run, the same file
+                with atomic_write(out_dirs[0] / f"{name}.{kind}") as (file,):
+                    figure.savefig(file, format=kind, metadata=metadata)
+            print(f"wrote {out_dirs[0] / name}.png and {name}.svg")
     return 0
 
 

@@ -8,8 +8,6 @@ an instance from the command line. Config files are plain Python assignments, as
 All that is wrong with the input is reported at once, as one `InputError`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math
@@ -209,7 +207,8 @@ def _type_name(annotation) -> str:
 
 def _help_text(cls, types_of, usage: str) -> str:
     lines = [usage.strip(), "", "options (as --NAME=VALUE, or NAME = VALUE in a config file):"]
-    for field in dataclasses.fields(cls):
+    # The command's own options first, then those that it inherits.
+    for field in sorted(dataclasses.fields(cls), key=lambda f: f.name not in cls.__annotations__):
         kinds = _alternatives(types_of[field.name])
         choices = [typing.get_args(k)[0] for k in kinds if typing.get_origin(k) is typing.Literal]
         note = f" ({' | '.join(choices)})" if len(choices) > 1 else ""

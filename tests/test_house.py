@@ -16,7 +16,7 @@ TOP_LEVEL = {
     *("pyproject.toml", "quill", "docs", "lecture", ".ci", ".gitignore", "LICENSE"),
 }
 # A module may import from rooms with a lower number, and from its own room.
-GROUND = ("errors", "files", "interrupts", "settings")
+GROUND = ("errors", "files", "startup", "settings")
 ROOMS = {"data": 1, "training": 2, "sampling": 2, "interop": 3, "views": 4}
 TOP_ROOM = 5  # the commands and scripts
 
@@ -32,7 +32,7 @@ NOT_EVERYWHERE = {"fcntl", "readline", "resource"}  # modules of some operating 
 # Start-up time: preparing a text and drawing losses need no torch, which takes a second and 200 MB;
 # only a download needs requests, which takes longer than all else that prepares Tiny Shakespeare.
 LAZY = {
-    ("prepare.py", "quill.interop"),
+    ("prepare.py", "quill.interop.pretrained"),
     ("prepare.py", "quill.data.download"),
     ("quill/data/tokenizers.py", "requests"),
     ("quill/plot.py", "quill.views"),
@@ -81,7 +81,7 @@ def room_of(module: str) -> int:
     parts = module.split(".")
     if parts[0] == "model":
         return 0
-    if parts[0] in SCRIPTS or (len(parts) == 2 and parts[1] in COMMANDS):
+    if parts[0] in SCRIPTS or (len(parts) == 2 and parts[1] in (*COMMANDS, "__main__")):
         return TOP_ROOM
     assert parts[0] == "quill", f"{module} has no room"
     if len(parts) == 2:

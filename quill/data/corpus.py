@@ -1,18 +1,11 @@
 """Texts to read: a file, a folder or a pattern of files, as documents in pieces of any size.
 
-The kinds of files:
-
-    *.txt, any other name     one document
-    *.jsonl                   a document a line: {"text": ...} or {"prompt": ..., "completion": ...}
-    *.parquet                 a document a row, of the column `text`
-    *.txt.gz, *.jsonl.gz      the same, unpacked while they are read
+A .jsonl file has a document a line, {"text": ...} or {"prompt": ..., "completion": ...}; a .parquet
+file has one a row, in its column `text`; any other is one document. .gz is unpacked on the way.
 """
-
-from __future__ import annotations
 
 import codecs
 import contextlib
-import dataclasses
 import glob
 import gzip
 import hashlib
@@ -52,7 +45,10 @@ class Corpus:
         """name: a file, a folder with everything below it, or a pattern such as books/*.txt."""
         self.files = _find(name)
         self.is_one_text = len(self.files) == 1 and _kind(self.files[0]) == "txt"
-        self.n_bytes = sum(map(_size, self.files))
+        try:
+            self.n_bytes = sum(path.stat().st_size for path in self.files)
+        except OSError as error:
+            raise InputError(f"{error.filename}: {error.strerror}") from None
         self.n_documents = self.n_chars = 0  # so far, in the latest pass
 
     def documents(self, doing: str) -> Iterator[list[Section]]:
@@ -64,7 +60,7 @@ class Corpus:
             for document in _READERS[_kind(path)](path, show):
                 self.n_documents += 1
                 yield [Section(self._counted(texts), has_loss) for texts, has_loss in document]
-            n_before += _size(path)
+            n_before += path.stat().st_size
 
     def _show(self, doing: str, path: Path, n_before: int, n_bytes: int) -> None:
         show_progress(f"{doing} {path}", n_before + n_bytes, self.n_bytes)
@@ -75,8 +71,7 @@ class Corpus:
             yield text
 
 
-@dataclasses.dataclass(frozen=True)
-class Survey:
+class Survey(NamedTuple):
     """What a first pass over a corpus finds."""
 
     n_documents: int
@@ -107,37 +102,24 @@ def survey(corpus: Corpus) -> Survey:
     sha256 = digests[0].split()[1]
     if len(digests) > 1:
         sha256 = hashlib.sha256("\n".join(digests).encode()).hexdigest()
-    return Survey(
-        corpus.n_documents,
-        corpus.n_chars,
-        "".join(map(chr, np.flatnonzero(seen))),
-        n_with_prompts > 0,
-        sha256,
-    )
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+    chars = "".join(map(chr, np.flatnonzero(seen)))
+    return Survey(corpus.n_documents, corpus.n_chars, chars, n_with_prompts > 0, sha256)
 
 
 def _find(name: str) -> list[Path]:
     path = Path(name)
     if path.is_dir():
-        found = [p for p in path.rglob("*") if p.name.lower().endswith(IN_FOLDERS) and p.is_file()]
+        found = [p for p in path.rglob("*") if p.name.lower().endswith(IN_FOLDERS)]
         found = [p for p in found if not re.search(r"(^|/)\.", p.relative_to(path).as_posix())]
         wanted = f"no {', '.join(IN_FOLDERS)} in it"
     elif not path.exists() and glob.has_magic(name):
-        matches = glob.glob(name, recursive=True)  # noqa: PTH207 (Path's takes no absolute pattern)
-        found = [Path(match) for match in matches if Path(match).is_file()]
+        found = glob.glob(name, recursive=True)  # noqa: PTH207 (Path's takes no absolute pattern)
         wanted = "no file matches"
     else:
         return [path]
-    if not found:
+    if not (files := sorted(p for p in map(Path, found) if p.is_file())):
         raise InputError(f"input={name}: {wanted}")
-    return sorted(found)
+    return files
 
 
 # ---- one reader for each kind of file ----------------------------------------------------------
@@ -156,7 +138,7 @@ def _kind(path: Path) -> str:
 def _open(path: Path):
     """-> a file of the contents, and the file itself, whose position is the progress."""
     try:
-        if not path.is_file() and not path.is_dir():
+        if not path.is_file():
             raise InputError(f"{path} is not a file that can be read twice; save it to one first")
         raw = path.open("rb")
     except OSError as error:
@@ -175,53 +157,46 @@ def _read_txt(path: Path, show: Callable) -> Iterator[list]:
 
 
 def _pieces(path: Path, show: Callable) -> Iterator[str]:
-    """The file's text; line ends stay as they are."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    position = 0
+    """The file's text, without a byte order mark; line ends stay as they are."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    is_over = False
     with _open(path) as (file, raw):
-        while True:
+        while not is_over:
             data = file.read(CHUNK_BYTES)
-            pending = len(decoder.getstate()[0])
+            is_over = not data
             try:
-                piece = decoder.decode(data, final=not data)
+                piece = decoder.decode(data, final=is_over)
             except UnicodeDecodeError as error:
-                offset = position - pending + error.start
-                raise InputError(
-                    f"{path} is not UTF-8: byte {offset:,} is wrong; convert it first"
-                ) from None
-            if position == 0:
-                piece = piece.removeprefix("\ufeff")  # a byte order mark, as Windows writes it
-            position += len(data)
+                wrong = file.tell() - len(error.object) + error.start  # the object ends at tell()
+                raise InputError(f"{path} is not UTF-8: byte {wrong:,}; convert it first") from None
             show(raw.tell())
             if piece:
                 yield piece
-            if not data:
-                return
 
 
 def _read_jsonl(path: Path, show: Callable) -> Iterator[list]:
     with _open(path) as (file, raw):
-        number = 0
-        while line := file.readline(LONGEST_LINE + 1):
-            number += 1
-            if not line.isspace():
-                try:
-                    document = _document(line)
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{path}, line {number}: {error}") from None
-                if document:
-                    yield document
+        lines = iter(partial(file.readline, LONGEST_LINE + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            try:
+                document = _document(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}, line {number}: {error}") from None
+            if document:
+                yield document
             show(raw.tell())
 
 
 def _document(line: bytes) -> list:
-    """-> its sections, none for an empty text; raises ValueError when the line is no document."""
+    """-> its sections, none for an empty line or text. Raises ValueError if it is no document."""
+    if line.isspace():
+        return []
     if len(line) > LONGEST_LINE:
         raise ValueError(f"longer than {LONGEST_LINE:,} bytes")
     record = json.loads(line)
-    keys = [{"text"}, {"prompt", "completion"}]
-    fields = record.keys() & {*keys[0], *keys[1]} if isinstance(record, dict) else set()
-    if fields not in keys:
+    has_loss = {"text": True, "prompt": False, "completion": True}
+    fields = [field for field in has_loss if isinstance(record, dict) and field in record]
+    if fields not in (["text"], ["prompt", "completion"]):
         raise ValueError(
             f'neither {{"text": ...}} nor {{"prompt": ..., "completion": ...}}, but {record!r:.80}'
         )
@@ -231,9 +206,7 @@ def _document(line: bytes) -> list:
             raise ValueError(f"{field!r} is not a text, or empty")
         if b"\\u" in line and re.search("[\ud800-\udfff]", text):
             raise ValueError(f"{field!r} holds half a character (a lone surrogate)")
-    if "text" in fields:
-        return [((record["text"],), True)] if record["text"] else []
-    return [((record["prompt"],), False), ((record["completion"],), True)]
+    return [((record[field],), has_loss[field]) for field in fields if record[field]]
 
 
 def _read_parquet(path: Path, show: Callable) -> Iterator[list]:

@@ -1,16 +1,11 @@
-"""The files of a dataset's folder: written by prepare.py, read by train.py.
+"""The files of a dataset's folder data/<name>: written by prepare.py, read by train.py.
 
-    data/<name>/train.bin        token ids, raw little-endian uint16 or uint32, no header
-    data/<name>/val.bin          the same
-    data/<name>/train.mask.bin   only where not all tokens carry loss: a byte each, 1 for those
-    data/<name>/val.mask.bin     the same
-    data/<name>/meta.json        `Meta`: how many tokens, which dtype, tokenizer and source
+    train.bin, val.bin             token ids, raw little-endian uint16 or uint32, no header
+    train.mask.bin, val.mask.bin   only where not all tokens carry loss: a byte each, 1 for those
+    meta.json                      `Meta`, and a checksum of it: a damaged dataset is an error
 
-meta.json holds the SHA-256 of the other files and a checksum of itself, so that a damaged dataset
-is an error. This file needs numpy alone: prepare.py does not wait for torch.
+This file needs numpy alone: prepare.py does not wait for torch.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import hashlib
@@ -48,32 +43,30 @@ def write(folder: Path, chunks: Iterable[tuple], is_masked: bool = False, **desc
     mask: which of the ids carry loss as targets; ignored unless `is_masked`.
     No file gets its final name before all of them are on the disk.
     """
-    dtype = "uint16" if described["vocab_size"] <= 2**16 else "uint32"
-    described |= {"format_version": FORMAT_VERSION, "dtype": dtype}
+    dtype = np.dtype("<u2" if described["vocab_size"] <= 2**16 else "<u4")
+    described |= {"format_version": FORMAT_VERSION, "dtype": dtype.name}
     names = [*SPLITS, *MASKS] if is_masked else [*SPLITS]
     digests = {name: hashlib.sha256() for name in names}
-    counts = dict.fromkeys(SPLITS, 0)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(*_paths(folder, names)) as (*files, meta_file):
         file_of = dict(zip(names, files, strict=True))
         for split, ids, mask in chunks:
-            counts[split] += len(ids)
-            parts = {split: ids.astype(np.dtype(dtype).newbyteorder("<"))}
+            parts = {split: ids.astype(dtype)}
             if is_masked:
                 parts[f"{split}.mask"] = mask.astype(np.uint8)
             for name, part in parts.items():
-                file_of[name].write(data := part.tobytes())
-                digests[name].update(data)
-        described["sha256_of"] = {name: digest.hexdigest() for name, digest in digests.items()}
-        meta = Meta(**described, train_tokens=counts["train"], val_tokens=counts["val"])
+                file_of[name].write(part)
+                digests[name].update(part)
+        described |= {f"{name}_tokens": file_of[name].tell() // dtype.itemsize for name in SPLITS}
+        meta = Meta(**described, sha256_of={name: d.hexdigest() for name, d in digests.items()})
         fields = dataclasses.asdict(meta)
         meta_file.write(json.dumps(fields | {"checksum": checksum_of(fields)}, indent=1).encode())
-    for path in _paths(folder, set(MASKS) - set(names))[:-1]:
-        path.unlink(missing_ok=True)
+    for name in set(MASKS) - set(names):
+        (folder / f"{name}.bin").unlink(missing_ok=True)
     return meta
 
 
-def _paths(folder: Path, names: Iterable[str] = (*SPLITS, *MASKS)) -> list[Path]:
+def _paths(folder: Path, names: Iterable[str]) -> list[Path]:
     return [*(folder / f"{name}.bin" for name in names), folder / "meta.json"]
 
 
@@ -107,21 +100,18 @@ def read_meta(path: Path) -> Meta:
         wrong = ["sha256_of"]
     meta = Meta(**fields)
     if wrong or meta.format_version != FORMAT_VERSION or meta.dtype not in ("uint16", "uint32"):
-        raise InputError(
-            f"{path}: {', '.join(wrong) or 'format version or dtype'} not usable; "
-            "prepare the dataset again"
-        )
+        what = ", ".join(wrong) or "format version or dtype"
+        raise InputError(f"{path}: {what} not usable; prepare the dataset again")
     return meta
 
 
 def read(folder: Path, verify: bool = True) -> tuple[Meta, dict[str, np.ndarray]]:
     """-> meta, and the memory-mapped .bin files by name: ids, and masks if there are any.
 
-    verify: read all files once and compare their checksums. Raises `InputError` when anything
-    does not match.
+    verify: compare the checksums of all files. Raises `InputError` when anything does not match.
     """
     if verify:
-        finish_atomic_write(*_paths(folder), verify=_is_meta)
+        finish_atomic_write(*_paths(folder, [*SPLITS, *MASKS]), verify=_is_meta)
     if not (folder / "meta.json").exists():
         raise InputError(
             f"dataset {folder.name!r} is not prepared ({folder / 'meta.json'} is missing): run "
@@ -145,8 +135,5 @@ def _map(folder: Path, name: str, meta: Meta, verify: bool) -> np.ndarray:
             f"{dtype.itemsize} bytes; prepare the dataset again"
         )
     if verify and sha256_of_file(path) != meta.sha256_of[name]:
-        raise InputError(
-            f"{path} was changed or damaged since it was made (its checksum differs); "
-            "prepare the dataset again"
-        )
+        raise InputError(f"{path} was changed or damaged; prepare the dataset again")
     return np.memmap(path, dtype=dtype, mode="r")

@@ -1,7 +1,5 @@
 """Fetch a file of known size and hash; an interrupted download resumes."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path
@@ -16,22 +14,15 @@ TIMEOUT_SECONDS = 20  # without a byte
 PATIENCE_SECONDS = 300
 SLOWEST_BYTES_PER_SECOND = 50_000
 ATTEMPTS = 3  # at each address
+WAIT_SECONDS = 1.0  # after the first attempt; it doubles each time
 READ_BYTES = 1 << 20
 
 
-def download(
-    urls: tuple[str, ...],
-    path: Path,
-    n_bytes: int,
-    sha256: str,
-    advice: str,
-    wait_seconds: float = 1.0,
-) -> None:
+def download(urls: tuple[str, ...], path: Path, n_bytes: int, sha256: str, advice: str) -> None:
     """Write `path` from the first of `urls` that delivers it whole.
 
-    Each is tried `ATTEMPTS` times with a doubling wait. Until the file is complete, its beginning
-    is in `<path>.part`, from which the next attempt, or the next run, resumes. Raises RunError when
-    all fail; `advice` says what the user can do then.
+    Each is tried `ATTEMPTS` times; the next attempt, or the next run, resumes from `<path>.part`.
+    Raises RunError when all fail; `advice` says what the user can do then.
     """
     part, reasons = path.with_name(path.name + ".part"), {}
     with file_lock(path.parent):
@@ -47,13 +38,13 @@ def download(
                 except OSError as error:  # of the disk
                     error.filename = error.filename or str(part)
                     raise
-                if _is_right(part, n_bytes, sha256):
+                if sha256_of_file(part) == sha256:
                     part.replace(path)
                     return
                 reasons[url] = f"sent {part.stat().st_size:,} bytes that are not the expected ones"
                 part.unlink()
             if attempt < ATTEMPTS - 1:
-                time.sleep(wait_seconds * 2**attempt)
+                time.sleep(WAIT_SECONDS * 2**attempt)
     tried = "; ".join(f"{url}: {reason}" for url, reason in reasons.items())
     raise RunError(f"could not download {path.name} ({tried}): {advice}")
 
@@ -84,7 +75,3 @@ def _fetch(url: str, part: Path, n_bytes: int) -> None:
             os.fsync(file.fileno())
             if file.tell() < n_bytes:
                 raise requests.ConnectionError("cut off")
-
-
-def _is_right(path: Path, n_bytes: int, sha256: str) -> bool:
-    return path.stat().st_size == n_bytes and sha256_of_file(path) == sha256

@@ -1,7 +1,5 @@
 """From documents to chunks of token ids, on all cores and with bounded memory."""
 
-from __future__ import annotations
-
 import collections
 import itertools
 import os
@@ -23,7 +21,7 @@ Document = list[Section]
 def encode_corpus(corpus: Corpus, found: Survey, tokenizer: Tokenizer) -> Iterator[tuple]:
     """-> (split, ids, mask) chunks; raises InputError if the corpus has changed since `found`."""
     documents = split_corpus(corpus, found)
-    yield from encode_documents(documents, tokenizer, not corpus.is_one_text, found.has_prompts)
+    yield from encode_documents(documents, tokenizer, ends_texts=not corpus.is_one_text)
     if (corpus.n_documents, corpus.n_chars) != (found.n_documents, found.n_chars):
         raise InputError(f"{corpus.files[0]} changed while it was read; run the same command again")
 
@@ -53,11 +51,8 @@ def split_text(texts: Iterable[str], n_train: int) -> Iterator[tuple[str, str]]:
 
 
 def encode_documents(
-    documents: Iterable[tuple[str, Document]],
-    tokenizer: Tokenizer,
-    ends_texts: bool,
-    is_masked: bool,
-) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
+    documents: Iterable[tuple[str, Document]], tokenizer: Tokenizer, ends_texts: bool
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """(split, document) pairs -> (split, ids, mask) chunks in the same order.
 
     ends_texts: put the tokenizer's end_of_text behind each document.
@@ -67,9 +62,7 @@ def encode_documents(
     def encode(batch):
         split, parts = batch
         ids = [end if text is None else tokenizer.encode(text) for text, _ in parts]
-        mask = None
-        if is_masked:
-            mask = np.repeat([has_loss for _, has_loss in parts], [*map(len, ids)])
+        mask = np.repeat([has_loss for _, has_loss in parts], [*map(len, ids)])
         return split, np.concatenate(ids), mask
 
     return map_in_parallel(encode, batches(documents, tokenizer))
@@ -77,22 +70,18 @@ def encode_documents(
 
 def batches(documents: Iterable[tuple[str, Document]], tokenizer: Tokenizer) -> Iterator[tuple]:
     """(split, parts) of about `BATCH_CHARS`; a part is (text or None at an end, has_loss)."""
-    batch, n_chars, latest = [], 0, None
-    for split, document in documents:
-        if split != latest and batch:
-            yield latest, batch
-            batch, n_chars = [], 0
-        latest = split
-        for texts, has_loss in document:
-            for text in tokenizer.parts(texts):
-                batch.append((text, has_loss))
-                n_chars += len(text)
-                if n_chars >= BATCH_CHARS:
-                    yield split, batch
-                    batch, n_chars = [], 0
-        batch.append((None, has_loss))
-    if batch:
-        yield latest, batch
+    for split, group in itertools.groupby(documents, key=lambda pair: pair[0]):
+        batch, n_chars = [], 0
+        for _, document in group:
+            for texts, has_loss in document:
+                for text in tokenizer.parts(texts):
+                    batch.append((text, has_loss))
+                    n_chars += len(text)
+                    if n_chars >= BATCH_CHARS:
+                        yield split, batch
+                        batch, n_chars = [], 0
+            batch.append((None, has_loss))
+        yield split, batch
 
 
 def map_in_parallel(function, items: Iterable) -> Iterator:

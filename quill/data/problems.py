@@ -5,8 +5,6 @@ digits that are already there and from the last carry. The calculator's completi
 scratch work, so that each step is a small one; the answer comes after the last "=".
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 
@@ -16,11 +14,13 @@ CHARS = {"addition": "+0123456789=", "calculator": "*+,-/0123456789:;<=>"}
 SEED = 1337
 
 Problem = tuple[int, str, int]  # a, operation, b
+Cell = tuple[str, int, int]  # operation, and the lengths of a and b
 
 SUM_DIGITS = 3  # of the numbers that `addition` adds, at most
 N_SUMS_HELD_OUT = 10_000
 
-CALCULATOR_DIGITS = 8
+LENGTHS = range(1, 9)  # of the numbers that `calculator` calculates with
+CELLS = [(operation, n, m) for operation in "+-*/" for n in LENGTHS for m in LENGTHS]
 N_CALCULATIONS = 400_000  # to train on; small numbers occur again and again
 N_CELL_HELD_OUT = 40  # for an operation and two lengths, or a tenth of these problems
 N_REPEATED_HELD_OUT = 15  # more with repeated digits, where both numbers have five or more
@@ -37,10 +37,7 @@ def tokenizer_of(name: str) -> CharTokenizer:
 
 
 def reverses_answers(spec: dict) -> bool:
-    """Whether completions are written as here: `spec` describes the dataset's tokenizer.
-
-    The key stands in meta.json and in checkpoints; the tokenizer itself does not know it.
-    """
+    """Whether completions are written as here; spec: the tokenizer in meta.json or a checkpoint."""
     return spec.get("reverses_answers") is True
 
 
@@ -50,10 +47,7 @@ def plain_answer(completion: str) -> str:
 
 
 def addition() -> Iterator[tuple[str, str, str]]:
-    """Every a+b of numbers of up to three digits, once.
-
-    a+b and b+a are in the same split.
-    """
+    """Every a+b of numbers of up to three digits, once; a+b and b+a are in the same split."""
     rng = random.Random(SEED)
     n = 10**SUM_DIGITS
     sums = [(a, b) for a in range(n) for b in range(n)]
@@ -67,12 +61,6 @@ def addition() -> Iterator[tuple[str, str, str]]:
         for a, b in sums:
             if ((a, b) in held_out) == (split == "val"):
                 yield split, f"{a}+{b}=", backwards(a + b)
-
-
-# ---- the calculator ----------------------------------------------------------------------------
-
-LENGTHS = range(1, CALCULATOR_DIGITS + 1)
-CELLS = [(operation, n, m) for operation in "+-*/" for n in LENGTHS for m in LENGTHS]
 
 
 def calculator() -> Iterator[tuple[str, str, str]]:
@@ -111,9 +99,7 @@ def calculations_held_out(rng: random.Random) -> dict[Problem, str]:
     return held_out
 
 
-def drawn(
-    rng: random.Random, cell: tuple[str, int, int], repeated: float = 0, close: float = 0
-) -> Problem:
+def drawn(rng: random.Random, cell: Cell, repeated: float = 0, close: float = 0) -> Problem:
     """A random problem of the cell. repeated: see `number`. close: the probability that numbers of
     the same length are equal, or differ by a number of fewer digits.
     """
@@ -183,8 +169,7 @@ def subtracting(a: int, b: int) -> tuple[str, str]:
     work = f"{digits}-{others}:{difference(a, b, width)}"
     if a < b:
         work += backwards(size, width)
-    work += ":" + str(size).rjust(width, ";")
-    return work, backwards(size) + ("-" if a < b else "")
+    return f"{work}:{str(size).rjust(width, ';')}", backwards(a - b)
 
 
 def multiplying(a: int, b: int) -> tuple[str, str]:
@@ -206,7 +191,7 @@ def dividing(a: int, b: int) -> tuple[str, str]:
     multiples = [times * b for times in (1, 2, 4, 8)]
     work = ",".join(backwards(multiple, width) for multiple in multiples) + ";"
     digits = str(a)
-    n_first = len(str(b)) - 1  # these digits of a are fewer than those of b
+    n_first = width - 2  # these digits of a are fewer than those of b
     rest = int(digits[:n_first] or 0)
     for digit in digits[n_first:]:
         rest = 10 * rest + int(digit)

@@ -1,7 +1,6 @@
-"""Tokenizers: text to token ids and back. Each is described completely by a JSON object.
+"""Tokenizers: text to token ids and back.
 
-That object is written to a dataset's meta.json and to every checkpoint, so a run can always
-decode what it generates. All three kinds have:
+A dataset's meta.json and every checkpoint describe theirs completely. All three kinds have:
 
     vocab_size                 ids are 0 .. vocab_size - 1
     end_of_text                the id that ends a document; None where there is none
@@ -10,8 +9,6 @@ decode what it generates. All three kinds have:
     decode_bytes(ids)          UTF-8; the bytes of a character may come from several tokens
     to_json()                  plain types, from which `from_json` makes the tokenizer again
 """
-
-from __future__ import annotations
 
 import base64
 import codecs
@@ -44,11 +41,10 @@ class CharTokenizer:
         ids = self._id_of.take(code_points(text), mode="clip")
         if ids.size and ids.min() < 0:
             unknown = [text[i] for i in np.flatnonzero(ids < 0)]
-            distinct = sorted(set(unknown))
-            names = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in distinct[:10])
-            more = f" and {len(distinct) - 10} more" if len(distinct) > 10 else ""
+            names = [f"{char!r} (U+{ord(char):04X})" for char in sorted(set(unknown))]
+            some = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if names[10:] else "")
             raise InputError(
-                f"the vocabulary of {len(self.chars)} characters lacks {names}{more}: "
+                f"the vocabulary of {len(self.chars)} characters lacks {some}: "
                 f"{len(unknown):,} of {len(text):,} characters"
             )
         return ids
@@ -87,10 +83,7 @@ class BPETokenizer:
     """GPT-2's byte-pair encoding, by tiktoken; special tokens in a text are ordinary characters."""
 
     # What cuts a text into pre-tokens before bytes are merged: GPT-2's, as tiktoken writes it.
-    _PATTERN = (
-        r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-    )
-
+    _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
     # A split before a blank that follows a non-blank never cuts a GPT-2 pre-token in two.
     _SAFE_SPLIT = re.compile(r"(?<=\S)(?=[ \n])")
     _PART_CHARS = 1 << 18
@@ -107,18 +100,17 @@ class BPETokenizer:
             raise ValueError("it has an empty token, or the same special token twice")
         self.tokens, self.special = tokens, special
         self.vocab_size = len(tokens) + len(special)
-        self.end_of_text = (
-            len(tokens) + special.index(END_OF_TEXT) if END_OF_TEXT in special else None
-        )
+        special_ids = {name: len(tokens) + i for i, name in enumerate(special)}
+        self.end_of_text = special_ids.get(END_OF_TEXT)
         self._encoding = tiktoken.Encoding(
             "gpt2",
             pat_str=self._PATTERN,
             mergeable_ranks={token: i for i, token in enumerate(tokens)},
-            special_tokens={name: len(tokens) + i for i, name in enumerate(special)},
+            special_tokens=special_ids,
         )
 
     @classmethod
-    def gpt2(cls) -> BPETokenizer:
+    def gpt2(cls) -> "BPETokenizer":
         """GPT-2's own, which tiktoken downloads once, to TIKTOKEN_CACHE_DIR if that is set."""
         import requests  # here, because it takes 0.1 s and prepare.py of a small text not much more
 
@@ -127,12 +119,11 @@ class BPETokenizer:
         except requests.RequestException as error:
             raise RunError(
                 f"the GPT-2 tokenizer could not be downloaded ({type(error).__name__}): connect "
-                "once, or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has it, or use "
-                "--tokenizer=byte, which needs no download"
+                "once, or set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer=byte"
             ) from None
-        n_ordinary = gpt2.n_vocab - len(gpt2.special_tokens_set)
-        ordinary = [gpt2.decode_single_token_bytes(i) for i in range(n_ordinary)]
-        return cls(ordinary, sorted(gpt2.special_tokens_set))
+        special = sorted(gpt2.special_tokens_set)
+        n_ordinary = gpt2.n_vocab - len(special)
+        return cls([gpt2.decode_single_token_bytes(i) for i in range(n_ordinary)], special)
 
     def encode(self, text: str) -> np.ndarray:
         return self._encoding.encode_to_numpy(text, disallowed_special=())

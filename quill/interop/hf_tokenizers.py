@@ -4,8 +4,6 @@ There a byte-pair encoding is a vocabulary and a list of merges, and tokens are 
 visible character for each byte, as OpenAI published GPT-2's.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path
@@ -21,8 +19,8 @@ _BYTE_ENCODER = [chr(b if b in _VISIBLE else 256 + _OTHERS.index(b)) for b in ra
 _BYTE_DECODER = {char: b for b, char in enumerate(_BYTE_ENCODER)}
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-_EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated"}
-_EACH_CHARACTER |= {"invert": False}
+_REGEX = {"Regex": r"[\s\S]"}
+_EACH_CHARACTER = {"type": "Split", "pattern": _REGEX, "behavior": "Isolated", "invert": False}
 
 
 def read(folder: Path) -> Tokenizer | None:
@@ -43,9 +41,8 @@ def read(folder: Path) -> Tokenizer | None:
         is_char = spec["model"].get("type") == "WordLevel"
         return _char_tokenizer(spec) if is_char else _bpe_tokenizer(spec)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"{path}: not a tokenizer that Quill has ({type(error).__name__}: {error})"
-        ) from None
+        kind = type(error).__name__
+        raise InputError(f"{path}: not a tokenizer that Quill has ({kind}: {error})") from None
 
 
 def read_json(path: Path) -> dict:
@@ -101,13 +98,16 @@ def _bpe_tokenizer(spec: dict) -> BPETokenizer | ByteTokenizer:
 def _refuse_other_rules(spec: dict) -> None:
     """Raise ValueError for rules that would give a text other ids than GPT-2's do."""
     model, split = spec["model"], spec.get("pre_tokenizer") or {}
+    post = (spec.get("post_processor") or _BYTE_LEVEL)["type"]
+    if post == "TemplateProcessing" and not spec["post_processor"]["special_tokens"]:
+        post = "ByteLevel"  # neither adds a token
     for name, value, needed in [
         ("its model", model.get("type", "BPE"), "BPE"),
         ("its normalizer", spec.get("normalizer"), None),
         ("its pre_tokenizer", split.get("type"), "ByteLevel"),
         ("add_prefix_space", split.get("add_prefix_space", True), False),
         ("use_regex", split.get("use_regex", True), True),
-        ("adding special tokens", _adds_tokens(spec.get("post_processor")), False),
+        ("its post_processor", post, "ByteLevel"),
         ("truncation", spec.get("truncation"), None),
         ("ignore_merges", model.get("ignore_merges", False), False),
         ("dropout", model.get("dropout") or None, None),
@@ -116,13 +116,6 @@ def _refuse_other_rules(spec: dict) -> None:
     ]:
         if value != needed:
             raise ValueError(f"{name} is {value!r:.80}, not {needed!r}")
-
-
-def _adds_tokens(post_processor: dict | None) -> bool:
-    """Whether it puts special tokens around a text."""
-    if not post_processor or post_processor["type"] == "ByteLevel":
-        return False
-    return post_processor["type"] != "TemplateProcessing" or bool(post_processor["special_tokens"])
 
 
 def specification(tokenizer: Tokenizer) -> dict:

@@ -4,14 +4,12 @@
 AutoTokenizer load: a GPT2LMHeadModel or a LlamaForCausalLM, whichever computes the same.
 """
 
-from __future__ import annotations
-
-import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,9 +21,8 @@ from quill.interop import hf_tokenizers
 from quill.training import checkpoint
 from quill.training.models import BigramConfig, state_shapes
 
-# GPT-2's config.json: its names for Quill's sizes, and the values that Quill's model needs.
-SIZES = {"n_positions": "block_size", "vocab_size": "vocab_size"}
-SIZES |= {name: name for name in ("n_layer", "n_head", "n_embd")}
+# In GPT-2's config.json: sizes with Quill's names, values that Quill's model needs, activations.
+SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")
 FIXED = {
     "n_inner": None,  # 4 n_embd
     "layer_norm_epsilon": 1e-5,
@@ -75,29 +72,27 @@ def load(path: Path) -> tuple[GPTConfig, dict[str, torch.Tensor], Tokenizer | No
     `InputError` for anything that Quill's GPT cannot compute.
     """
     folder = path if path.is_dir() else path.parent
-    with contextlib.ExitStack() as stack:
-        found = open_tensors(path, stack)
-        shapes = {name: tuple(part.get_shape()) for name, part in found.items()}
-        config_path = folder / "config.json"
-        try:
-            has_config = config_path.exists()
-            values = hf_tokenizers.read_json(config_path) if has_config else published(shapes)
-            config = config_of_gpt2(values)
-            needed = state_shapes(config, len(found))
-        except checkpoint.MISFITS as error:
-            raise InputError(f"{config_path}: {error}") from None
-        if config.tied_head and HEAD not in found:
-            del needed[HEAD]
-        refuse_other_tensors(shapes, needed, path)
-        weights = {name: read_tensor(name, found[name], path) for name in needed}
-    embedding = weights[EMBEDDING]
-    if config.tied_head and not weights.setdefault(HEAD, embedding).equal(embedding):
+    tensors = read_tensors(path)
+    config_path = folder / "config.json"
+    try:
+        has_config = config_path.exists()
+        values = hf_tokenizers.read_json(config_path) if has_config else published(tensors)
+        config = config_of_gpt2(values)
+        shapes = state_shapes(config, len(tensors))
+    except checkpoint.MISFITS as error:
+        raise InputError(f"{config_path}: {error}") from None
+    if config.tied_head and EMBEDDING in tensors:
+        tensors.setdefault(HEAD, tensors[EMBEDDING])
+    refuse_other_tensors(tensors, shapes, path)
+    if config.tied_head and not tensors[HEAD].equal(tensors[EMBEDDING]):
         raise InputError(f"{path}: {HEAD} differs from {EMBEDDING}, but tie_word_embeddings=true")
+    for name in filter(TRANSPOSED.fullmatch, tensors):
+        tensors[name] = tensors[name].t().contiguous()
     tokenizer = hf_tokenizers.read(folder)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         sizes = f"has {tokenizer.vocab_size} tokens, its model {config.vocab_size}"
         raise InputError(f"{folder}: its tokenizer {sizes}")
-    return config, weights, tokenizer
+    return config, tensors, tokenizer
 
 
 def config_of_gpt2(values: dict) -> GPTConfig:
@@ -105,15 +100,15 @@ def config_of_gpt2(values: dict) -> GPTConfig:
 
     Raises ValueError for what Quill's GPT cannot compute.
     """
-    if values.get("model_type", "gpt2") != "gpt2":
-        raise ValueError(
-            f"model_type={values['model_type']!r:.80}: only GPT-2's models can be read"
-        )
+    kind = values.get("model_type", "gpt2")
+    if kind != "gpt2":
+        raise ValueError(f"model_type={kind!r:.80}: only GPT-2's models can be read")
     activation = values.get("activation_function", "gelu_new")
     if activation not in [*ACTIVATIONS]:
         raise ValueError(f"activation_function={activation!r:.80} is none of {[*ACTIVATIONS]}")
     config = GPTConfig(
-        **{own: values.get(name) for name, own in SIZES.items()},
+        block_size=values.get("n_positions"),
+        **{name: values.get(name) for name in SIZES},
         tied_head=values.get("tie_word_embeddings", True),
         mlp=ACTIVATIONS[activation],
     )
@@ -124,68 +119,64 @@ def config_of_gpt2(values: dict) -> GPTConfig:
     return config
 
 
-def published(shapes: dict[str, tuple]) -> dict:
+def published(tensors: dict[str, torch.Tensor]) -> dict:
     """The config.json of one of OpenAI's four models; raises ValueError for any other."""
-    vocab_size, n_embd = shapes.get(EMBEDDING, (0, 0))
-    n_positions, _ = shapes.get("transformer.wpe.weight", (0, 0))
-    if n_embd not in N_HEAD:
+    wte, wpe = tensors.get(EMBEDDING), tensors.get("transformer.wpe.weight")
+    if wte is None or wpe is None or wte.size(-1) not in N_HEAD:
         raise ValueError("missing, and needed: the weights are of none of OpenAI's four models")
     return {
-        "vocab_size": vocab_size,
-        "n_positions": n_positions,
-        "n_layer": sum(name.endswith(".ln_1.weight") for name in shapes),
-        "n_head": N_HEAD[n_embd],
-        "n_embd": n_embd,
+        "vocab_size": len(wte),
+        "n_positions": len(wpe),
+        "n_layer": sum(name.endswith(".ln_1.weight") for name in tensors),
+        "n_head": N_HEAD[wte.size(-1)],
+        "n_embd": wte.size(-1),
     }
 
 
-def open_tensors(path: Path, stack: contextlib.ExitStack) -> dict:
-    """-> slices by Quill's names, which can be read as long as `stack` is open."""
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """In float32, by Quill's names, from a file or from the files of a folder."""
     safetensors = import_safetensors()
     files = [path]
     if path.is_dir():
-        whole = path / "model.safetensors"
-        files = [whole] if whole.exists() else sorted(path.glob("model-*-of-*.safetensors"))
+        files = [*path.glob("model.safetensors")] or sorted(path.glob("model-*-of-*.safetensors"))
     if not files:
         raise InputError(f"{path} holds no model.safetensors, the only form that is read")
-    found = {}
+    tensors = {}
     for file in files:
         try:
             file.open("rb").close()  # safe_open does not say why it fails
-            handle = stack.enter_context(safetensors.safe_open(file, framework="pt"))
+            handle = safetensors.safe_open(file, framework="pt")
         except PermissionError as error:
             raise InputError(f"{file}: {error.strerror}") from None
         except (OSError, safetensors.SafetensorError) as error:
             raise InputError(f"{file} is not a safetensors file, or damaged: {error}") from None
         for name in handle.keys():  # noqa: SIM118, it cannot be iterated
             own = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-            if own in found:
+            if own.endswith(MASKS):
+                continue
+            if own in tensors:
                 raise InputError(f"{file}: {name} is there twice")
-            if not own.endswith(MASKS):
-                found[own] = handle.get_slice(name)
-    return found
+            kind = handle.get_slice(name).get_dtype()
+            if kind not in ("F32", "F16", "BF16"):
+                raise InputError(f"{file}: {name} is of type {kind}, not F32, F16 or BF16")
+            tensors[own] = handle.get_tensor(name).float()
+    return tensors
 
 
-def refuse_other_tensors(shapes: dict, needed: dict, path: Path) -> None:
-    wrong = [f"{name} is missing" for name in needed if name not in shapes]
-    wrong += [f"{name} is not of a GPT-2" for name in shapes if name not in needed]
-    for name in [name for name in needed if name in shapes]:
-        shape = tuple(needed[name])[:: -1 if TRANSPOSED.fullmatch(name) else 1]
-        if shapes[name] != shape:
-            wrong.append(f"{name} is {shapes[name]}, not {shape}")
+def refuse_other_tensors(tensors: dict, shapes: dict, path: Path) -> None:
+    """Raise InputError unless they are finite and of these shapes; Conv1D's are transposed."""
+    wrong = [f"{name} is not of a GPT-2" for name in tensors if name not in shapes]
+    for name, shape in shapes.items():
+        needed = tuple(reversed(shape) if TRANSPOSED.fullmatch(name) else shape)
+        if name not in tensors:
+            wrong.append(f"{name} is missing")
+        elif tensors[name].shape != needed:
+            wrong.append(f"{name} is {tuple(tensors[name].shape)}, not {needed}")
+        elif not tensors[name].isfinite().all():
+            wrong.append(f"{name} is not finite")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise InputError(f"{path}: {'; '.join(wrong[:3])}{more}")
-
-
-def read_tensor(name: str, part, path: Path) -> torch.Tensor:
-    """The tensor behind a slice, in float32 and in Quill's layout."""
-    if part.get_dtype() not in ("F32", "F16", "BF16"):
-        raise InputError(f"{path}: {name} is of type {part.get_dtype()}, not F32, F16 or BF16")
-    p = part[:].float()
-    if not p.isfinite().all():
-        raise InputError(f"{path}: {name} is not finite")
-    return p.t().contiguous() if TRANSPOSED.fullmatch(name) else p
 
 
 # ---- out ----------------------------------------------------------------------------------------
@@ -195,7 +186,10 @@ def export(model: GPT, tokenizer: Tokenizer, dest: Path) -> str:
     """Write the folder; -> the name of the class. Raises ValueError when no class fits."""
     safetensors = import_safetensors()
     target = target_of(model.config)
-    is_tied, end = model.config.tied_head, tokenizer.end_of_text
+    values, tensors = target.convert(model)
+    if model.config.tied_head:
+        del tensors[HEAD]
+    end = tokenizer.end_of_text
     ends = {"bos_token_id": end, "eos_token_id": end}
     names = {} if end is None else {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     texts = {
@@ -208,16 +202,8 @@ def export(model: GPT, tokenizer: Tokenizer, dest: Path) -> str:
         },
         "generation_config.json": ends,
         # Written last: transformers does not load a folder without it.
-        "config.json": {
-            "architectures": [target.name],
-            **target.config_json(model),
-            "tie_word_embeddings": is_tied,
-            **ends,
-        },
+        "config.json": {"architectures": [target.name], **values, **ends},
     }
-    tensors = {name: p.contiguous() for name, p in target.tensors(model)}
-    if is_tied:
-        del tensors[HEAD]
     paths = [dest / part for part in ("model.safetensors", *texts)]
     with file_lock(dest), atomic_write(*paths) as (weights, *files):
         weights.write(safetensors.torch.save(tensors, metadata=PRODUCER))
@@ -226,29 +212,36 @@ def export(model: GPT, tokenizer: Tokenizer, dest: Path) -> str:
     return target.name
 
 
-def gpt2_json(model: GPT) -> dict:
-    config, names = model.config, {own: name for name, own in ACTIVATIONS.items()}
-    return {
-        "model_type": "gpt2",
-        **FIXED,
-        **{name: getattr(config, own) for name, own in SIZES.items()},
-        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
-        "activation_function": names[config.mlp],
-    }
-
-
-def gpt2_tensors(model: GPT) -> Iterator[tuple[str, torch.Tensor]]:
-    """GPT-2 always has biases: zeros where the model has none."""
-    weights = model.state_dict()
-    with_bias = dataclasses.replace(model.config, bias=True)
+def to_gpt2(model: GPT) -> tuple[dict, dict[str, torch.Tensor]]:
+    """-> config.json and tensors. GPT-2 always has biases: zeros where the model has none."""
+    config, weights, tensors = model.config, model.state_dict(), {}
+    with_bias = dataclasses.replace(config, bias=True)
     for name, shape in state_shapes(with_bias, len(weights)).items():
         p = weights[name] if name in weights else torch.zeros(shape)
-        yield name, p.t() if TRANSPOSED.fullmatch(name) else p
+        tensors[name] = p.t().contiguous() if TRANSPOSED.fullmatch(name) else p
+    names = {own: name for name, own in ACTIVATIONS.items()}
+    values = {
+        "model_type": "gpt2",
+        **FIXED,
+        "n_positions": config.block_size,
+        **{name: getattr(config, name) for name in SIZES},
+        **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout),
+        "activation_function": names[config.mlp],
+        "tie_word_embeddings": config.tied_head,
+    }
+    return values, tensors
 
 
-def llama_json(model: GPT) -> dict:
-    config = model.config
-    return {
+def to_llama(model: GPT) -> tuple[dict, dict[str, torch.Tensor]]:
+    """-> config.json and tensors."""
+    config, tensors = model.config, {}
+    pattern = re.compile(r"(?:transformer\.)?(?:h\.(\d+)\.)?(.+)\.(weight|bias)")
+    for name, p in model.state_dict().items():
+        layer, part, kind = pattern.fullmatch(name).groups()
+        prefix = "" if layer is None else f"model.layers.{layer}."
+        for theirs, rows in zip(LLAMA[part], p.chunk(len(LLAMA[part])), strict=True):
+            tensors[f"{prefix}{theirs}.{kind}"] = rows
+    values = {
         "model_type": "llama",
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.block_size,
@@ -262,46 +255,35 @@ def llama_json(model: GPT) -> dict:
         "attention_bias": config.bias,
         "mlp_bias": config.bias,
         "attention_dropout": config.dropout,
+        "tie_word_embeddings": config.tied_head,
     }
+    return values, tensors
 
 
-def llama_tensors(model: GPT) -> Iterator[tuple[str, torch.Tensor]]:
-    pattern = re.compile(r"(?:transformer\.)?(?:h\.(\d+)\.)?(.+)\.(weight|bias)")
-    for name, p in model.state_dict().items():
-        layer, part, kind = pattern.fullmatch(name).groups()
-        prefix = "" if layer is None else f"model.layers.{layer}."
-        for theirs, rows in zip(LLAMA[part], p.chunk(len(LLAMA[part])), strict=True):
-            yield f"{prefix}{theirs}.{kind}", rows
-
-
-@dataclasses.dataclass(frozen=True)
-class TargetClass:
+class TargetClass(NamedTuple):
     """A class of transformers, and the values that it can express of GPTConfig's fields.
 
-    A field named neither in `choices` nor in `ANY_VALUE` must have its default: whoever adds an
-    option to the model says here where it can be exported, and until then no class has it.
+    A field named neither in `choices` nor in `ANY_VALUE` must have its default, so that a new
+    option of the model cannot be exported until it is listed here.
     """
 
     name: str
     choices: dict[str, list]
-    config_json: Callable[[GPT], dict]
-    tensors: Callable[[GPT], Iterator[tuple[str, torch.Tensor]]]
+    convert: Callable[[GPT], tuple[dict, dict[str, torch.Tensor]]]  # -> config.json, tensors
 
 
 # What every class has with any value, and what no longer matters once there are weights.
-ANY_VALUE = {*SIZES.values(), "dropout", "bias", "tied_head", "residual_init", "init_std"}
+ANY_VALUE = {*SIZES, "block_size", "dropout", "bias", "tied_head", "residual_init", "init_std"}
 TARGETS = [
     TargetClass(
         "GPT2LMHeadModel",
         {"position": ["learned"], "norm": ["layernorm"], "mlp": sorted({*ACTIVATIONS.values()})},
-        gpt2_json,
-        gpt2_tensors,
+        to_gpt2,
     ),
     TargetClass(
         "LlamaForCausalLM",
         {"position": ["rotary"], "norm": ["rmsnorm"], "mlp": ["swiglu"]},
-        llama_json,
-        llama_tensors,
+        to_llama,
     ),
 ]
 

@@ -1,11 +1,8 @@
 """Datasets that nanoGPT's prepare.py made. Its checkpoints are read by quill.interop.pretrained."""
 
-from __future__ import annotations
-
 import hashlib
 import pickle
 import pickletools
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +23,13 @@ def read_tokenizer(path: Path) -> tokenizers.CharTokenizer:
     """The characters of a meta.pkl; raises InputError when it holds anything but plain values."""
     try:
         with path.open("rb") as file:
-            data = file.read(_MAX_PICKLE_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    try:
-        meta = _unpickle_plain(data)
+            meta = _unpickle_plain(file.read(_MAX_PICKLE_BYTES + 1))
         chars = [meta["itos"][i] for i in range(len(meta["itos"]))]
         if not all(type(char) is str and len(char) == 1 for char in chars):
             raise ValueError("its tokens are not single characters")
         return tokenizers.from_json({"kind": "char", "chars": "".join(chars)}, str(path))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
     except (ValueError, TypeError, LookupError, ArithmeticError, pickle.UnpicklingError) as error:
         raise InputError(f"{path} is not nanoGPT's meta.pkl of characters ({error})") from None
 
@@ -53,21 +48,18 @@ def _unpickle_plain(data: bytes):
     return pickle.loads(data)
 
 
-def read_bins(folder: Path, vocab_size: int) -> tuple[Iterator[tuple], str]:
+def read_bins(folder: Path, vocab_size: int) -> tuple[list[tuple], str]:
     """-> (split, ids, no mask) chunks of train.bin and val.bin, and a SHA-256 of both."""
-    ids_of, digest = {}, hashlib.sha256()
+    chunks, digest = [], hashlib.sha256()
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
         try:
-            ids_of[split] = np.memmap(path, dtype="<u2", mode="r")
+            ids = np.memmap(path, dtype="<u2", mode="r")
         except (OSError, ValueError) as error:
             raise InputError(f"{path}, which belongs to meta.pkl: {error}") from None
-        digest.update(ids_of[split])
-        if ids_of[split].max() >= vocab_size:
+        if ids.max() >= vocab_size:
             raise InputError(f"{path} has ids that meta.pkl's {vocab_size} characters do not cover")
-    chunks = (
-        (split, ids[start : start + _CHUNK_TOKENS], None)
-        for split, ids in ids_of.items()
-        for start in range(0, len(ids), _CHUNK_TOKENS)
-    )
+        digest.update(ids)
+        parts = np.array_split(ids, 1 + len(ids) // _CHUNK_TOKENS)  # views of the file
+        chunks += [(split, part, None) for part in parts]
     return chunks, digest.hexdigest()

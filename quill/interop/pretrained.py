@@ -1,7 +1,5 @@
 """Any weights to start from or to sample: another run's, nanoGPT's, Hugging Face's, a release's."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import NamedTuple
@@ -80,9 +78,10 @@ class Pretrained:
         own, wanted = models.config_to_dict(self.config), models.config_to_dict(config)
         is_gpt = isinstance(config, GPTConfig)
         free = {"dropout", "init_std", "residual_init", "block_size"}
-        free |= {"vocab_size"} if is_gpt else set()  # a bigram's table is not padded
+        if is_gpt:  # a bigram's table is not padded
+            free.add("vocab_size")
         if own["model"] != wanted["model"]:
-            free |= wanted.keys() - {"model"}
+            free = wanted.keys() - {"model"}
         different = checkpoint.differences(own, wanted, free)
         if "transformer.wpe.weight" in self.weights and config.block_size > self.config.block_size:
             different.append(f"block_size is at most {self.config.block_size} there")
@@ -118,10 +117,8 @@ def load(source: str) -> Pretrained:
         return Pretrained(config, weights, tokenizer)
     path = Path(source)
     if not path.exists():
-        raise InputError(
-            f"{source}: there is no such file or folder of weights, and it is none of "
-            f"{', '.join(RELEASES)}"
-        )
+        names = ", ".join(RELEASES)
+        raise InputError(f"{source}: there is no such file or folder of weights; or use {names}")
     if path.suffix == ".safetensors" or any(path.glob("*.safetensors")):
         return Pretrained(*huggingface.load(path))
     if path.is_dir():
@@ -162,20 +159,17 @@ def from_nanogpt(path: Path) -> Pretrained:
         }
         models.check_weights(config, weights)
     except checkpoint.MISFITS as error:
-        raise InputError(
-            f"{path} is neither a checkpoint of Quill nor one of nanoGPT ({error!r})"
-        ) from None
+        raise InputError(f"{path} is no checkpoint of Quill or nanoGPT ({error!r})") from None
     return Pretrained(config, weights, tokenizer=None)
 
 
 def _released(name: str) -> Path:
     """The downloaded file, in a folder of its own: files beside it would be read as well."""
     release, path = RELEASES[name], Path("data", "openai-community", name, "model.safetensors")
-    if path.exists():
-        if sha256_of_file(path) == release.sha256:
-            return path
+    if not path.exists():
+        url = URL.format(name=name, revision=release.revision)
+        advice = f"run the same command again to continue the download, or put the file at {path}"
+        download((url,), path, release.n_bytes, release.sha256, advice)
+    elif sha256_of_file(path) != release.sha256:
         raise InputError(f"{path} is not the {name} that was released: remove it")
-    url = URL.format(name=name, revision=release.revision)
-    advice = f"run the same command again to continue the download, or put the file at {path}"
-    download((url,), path, release.n_bytes, release.sha256, advice)
     return path

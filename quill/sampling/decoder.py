@@ -1,7 +1,5 @@
 """A model made ready for `model.generate`: without padding tokens, and with the fastest kernels."""
 
-from __future__ import annotations
-
 import torch
 
 from model import KVCache

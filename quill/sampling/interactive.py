@@ -1,7 +1,5 @@
 """The prompt loop of `sample.py --interactive`: a line in, a text out."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import sys

@@ -1,7 +1,5 @@
 """From a prompt to text: token ids drawn from a model, decoded as they come."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +22,7 @@ class SampleOptions:
     start: str = option("\n", "the prompt, or FILE:path to read it from a file")
     num_samples: int = option(10, "texts to generate, as one batch", min=1, max=10**6)
     max_new_tokens: int = option(500, "tokens in each, beyond the prompt", min=0, max=10**9)
-    temperature: float = option(0.8, "below 1 safer, above 1 wilder, 0 always the likeliest", min=0)
+    temperature: float = option(0.8, "higher is more random; 0 takes the likeliest token", min=0)
     top_k: int = option(200, "sample from the k likeliest tokens; 0 from all", min=0)
     top_p: float = option(
         1.0, "sample from the likeliest tokens that reach p together", min=0, max=1

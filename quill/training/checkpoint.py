@@ -5,8 +5,6 @@
 end, is the SHA-256 of the rest.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import math
@@ -184,7 +182,7 @@ class Progress:
     skipped_steps: list = dataclasses.field(default_factory=list)  # not finite
 
     @classmethod
-    def from_checkpoint(cls, saved: dict) -> Progress:
+    def from_checkpoint(cls, saved: dict) -> "Progress":
         """Raises one of `MISFITS` when the saved values are not possible."""
         progress = cls(**saved["progress"])
         for name, value in vars(cls()).items():

@@ -1,7 +1,5 @@
 """What cannot work is refused before a run starts, with every reason at once."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -48,7 +46,10 @@ def check_resume(config, data, model_config, saved: dict) -> None:
         raise InputError(f"{path} is not usable for a resume: {error}") from None
     then |= {"optimizer": saved["config"].get("optimizer")}
     now = config_to_dict(model_config) | {"optimizer": config.optimizer}
-    different = differences(then, now, free={"dropout", "init_std"})
+    free = {"dropout", "init_std"}
+    if then["model"] != now["model"]:  # a bigram has none of a GPT's other options
+        free |= now.keys() - {"model"}
+    different = differences(then, now, free)
     tokenizer = tokenizers.from_json(saved["tokenizer"], str(path))
     if tokenizer.to_json() != data.tokenizer.to_json():
         different.append(f"dataset {config.dataset!r} now has another tokenizer")

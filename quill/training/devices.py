@@ -1,7 +1,5 @@
 """Device, dtype, random seeds, memory, and peak arithmetic rate of the machine."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import os
@@ -101,7 +99,7 @@ def refuse_larger_than_memory(n_parameters: int, sizes: str, device: torch.devic
 
     sizes: what made it so large, for the message.
     """
-    if not hasattr(os, "sysconf"):  # Windows does not tell
+    if not hasattr(os, "sysconf"):  # not available on Windows
         return
     bytes_each = 16 if device.type == "cpu" else 4  # weight, gradient, two moments; made on the CPU
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -4,8 +4,6 @@ torchrun starts them and tells each its rank in environment variables. In a proc
 every function here does nothing. The processes of a run trust each other.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import os
@@ -110,12 +108,20 @@ def _private_store(store: dist.Store) -> dist.Store:
 
 @contextlib.contextmanager
 def main_first():
-    """Let rank 0 run the block before the others do: it downloads, or repairs, what all read."""
+    """Run the block on rank 0, then on each machine's first process, then on the others.
+
+    So that one downloads or repairs what the others then read. Once in a session.
+    """
+    machine = os.environ.get("GROUP_RANK", "0")
     if not is_main():
         _store.get("main is done")  # waits
+    if not is_local_main():
+        _store.get(f"machine {machine} is done")
     yield
     if world_size() > 1 and is_main():
         _store.set("main is done", "")
+    if world_size() > 1 and is_local_main():
+        _store.set(f"machine {machine} is done", "")
 
 
 def init_process_group(device: torch.device, backend: str) -> None:
@@ -211,37 +217,26 @@ def wrap(
 ) -> torch.nn.Module:
     """-> what to call in training: the model on its device, compiled, on several processes.
 
-    parallel: ddp or fsdp. compile_mode: of torch.compile, None to leave it out.
+    parallel: with ddp (Li et al. 2020) every process has all of the model; with fsdp (Zhao et al.
+    2023) a shard of every tensor. compile_mode: of torch.compile, None to leave it out.
     """
     if world_size() > 1 and parallel == "fsdp":
-        wrap_fsdp(model, device, compile_mode)
+        mesh = init_device_mesh(device.type, (world_size(),))
+        for block in model.transformer.h:  # gathered one at a time
+            if compile_mode is not None:
+                block.compile(mode=compile_mode)
+            fully_shard(block, mesh=mesh)
+        # Nothing stays gathered after a forward pass: an evaluation swaps in averaged weights.
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
         return model
     forward = model.to(device)
     if compile_mode is not None:
         forward = torch.compile(forward, mode=compile_mode)
-    return wrap_ddp(forward, device) if world_size() > 1 else forward
-
-
-def wrap_ddp(forward: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """DDP, Li et al. 2020: every process has all of the model, gradients are averaged."""
-    devices = [device] if device.type == "cuda" else None
-    forward = DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)
-    forward.broadcast_buffers = False  # the table of rotary positions is the same everywhere
+    if world_size() > 1:
+        devices = [device] if device.type == "cuda" else None
+        forward = DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)
+        forward.broadcast_buffers = False  # the table of rotary positions is the same everywhere
     return forward
-
-
-def wrap_fsdp(model: torch.nn.Module, device: torch.device, compile_mode: str | None) -> None:
-    """FSDP, Zhao et al. 2023: each process keeps a shard of every tensor; in place.
-
-    A block is gathered while it computes. compile_mode: of torch.compile, None to leave it out.
-    """
-    mesh = init_device_mesh(device.type, (world_size(),))
-    for block in model.transformer.h:
-        if compile_mode is not None:
-            block.compile(mode=compile_mode)
-        fully_shard(block, mesh=mesh)
-    # Not kept gathered after a forward pass: an evaluation swaps the weights for their average.
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
 def sync_gradients(forward: torch.nn.Module, is_last: bool) -> None:

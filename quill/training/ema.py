@@ -1,7 +1,5 @@
 """An exponential moving average of the weights. Polyak & Juditsky 1992."""
 
-from __future__ import annotations
-
 import contextlib
 
 import torch

@@ -1,8 +1,7 @@
 """What a run reports: lines on the screen, metrics.jsonl, and the dashboards asked for."""
 
-from __future__ import annotations
-
 import dataclasses
+import datetime
 import importlib
 import json
 import math
@@ -73,7 +72,11 @@ class Logger:
             f"{record['ms_per_step']:.1f} ms/step, {record['tokens_per_s']:,.0f} tokens/s"
         )
         line += f", mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
-        line += f", {_clock(to_go)} to go" if self.n_laps > self.compiles else ""
+        line += (
+            f", {datetime.timedelta(seconds=round(to_go))} to go"
+            if self.n_laps > self.compiles
+            else ""
+        )
         print(line, flush=True)
         if self.warns_if_slow and self.n_laps == 1 + self.compiles and to_go > SLOW_RUN_SECONDS:
             print(
@@ -193,12 +196,6 @@ def evaluation_text(record: dict, note: str = "") -> str:
     ]
     line = f"step {record['step']}: {', '.join(metrics)}{note}"
     return f"{line}\n{record['sample']}" if "sample" in record else line
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _lines_up_to(path: Path, progress: Progress) -> list[bytes]:

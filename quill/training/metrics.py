@@ -1,7 +1,5 @@
 """Metrics of an evaluation beside the loss."""
 
-from __future__ import annotations
-
 import torch
 from torch.nn import functional as F
 

@@ -1,7 +1,5 @@
 """The models that a run can train: the GPT, and the bigram baseline it is compared with."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

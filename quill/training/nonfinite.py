@@ -1,6 +1,4 @@
-"""Steps whose loss or gradient is not finite: skipped on the device, found out about later."""
-
-from __future__ import annotations
+"""Losses and gradients that are not finite: skipped steps, and the loss scale of float16."""
 
 import torch
 
@@ -49,3 +47,25 @@ class NonFiniteGuard:
                 f"({self.learning_rate}), raise warmup_iters, set grad_clip=1.0, or allow more "
                 f"than skip_nonfinite={self.n_allowed}"
             )
+
+
+class LossScaler(torch.amp.GradScaler):
+    """Scales the loss for float16, whose range is too small for gradients. Micikevicius 2018.
+
+    Unlike its parent it has a step made again when its gradients overflowed: left out, it would
+    make max_iters another number than that of the updates.
+    """
+
+    def lower_after_overflow(self, loss, grad_norm, optimizers: list, set_to_none: bool) -> bool:
+        """Whether the gradients overflowed; then the scale is lowered and they are zeroed.
+
+        Not if the loss itself is not finite, which a lower scale would not mend.
+        """
+        if not self.is_enabled() or torch.isfinite(grad_norm) or not torch.isfinite(loss):
+            return False
+        if self.get_scale() < 1:
+            return False
+        self.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none)
+        return True

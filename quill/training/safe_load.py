@@ -1,8 +1,6 @@
 """Loading a file of torch.save that a stranger may have made: nothing in it is run, and a small
 file cannot take much memory."""
 
-from __future__ import annotations
-
 import pickle
 import warnings
 import zipfile
@@ -26,7 +24,8 @@ def read_archive(path: Path, with_tensors: tuple[str, ...]) -> dict:
         _check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about foreign pickles, which are refused below
-            contents = torch.load(path, map_location="cpu", weights_only=True)
+            # Memory-mapped, so that several processes on a machine share one copy.
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise InputError(
             f"{path} holds more than tensors and plain types: refused, nothing in it was run"

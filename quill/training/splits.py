@@ -1,7 +1,5 @@
 """The train and val splits of a run, opened by all of its processes."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

@@ -5,9 +5,6 @@ are apart from checkpoint.py because sampling needs no torch.distributed, which 
 import.
 """
 
-from __future__ import annotations
-
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -19,9 +16,10 @@ from torch.distributed.checkpoint.state_dict import (
 
 from quill.errors import InputError
 from quill.training import distributed
-from quill.training.checkpoint import LATEST, MISFITS, Progress
+from quill.training.checkpoint import MISFITS, Progress
 from quill.training.devices import is_out_of_memory
-from quill.training.models import config_to_dict
+from quill.training.ema import EMA
+from quill.training.nonfinite import LossScaler, NonFiniteGuard
 
 
 def model_state_dict(model: torch.nn.Module) -> dict:
@@ -34,51 +32,44 @@ def model_state_dict(model: torch.nn.Module) -> dict:
     return weights
 
 
-def sampling_state(run) -> dict:
-    """What sampling from train.py's Run needs."""
-    return {
-        "model": model_state_dict(run.model),
-        "model_config": config_to_dict(run.model.config),
-        "config": dataclasses.asdict(run.config),
-        "tokenizer": run.data.meta.tokenizer,
-        "step": run.progress.step,
-        "best_val_loss": run.progress.best_val_loss,
-        "text_sha256": run.data.meta.sha256,
-    }
-
-
-def training_state(run) -> dict:
-    """What a resume needs beside that.
+def training_state(optimizers: list, ema: EMA, scaler: LossScaler) -> dict:
+    """What a resume needs beside the weights.
 
     No random state is among it: each step derives its own from (seed, step).
     """
     return {
-        "optimizers": [full_tensors(optimizer.state_dict()) for optimizer in run.optimizers],
-        "average": full_tensors(run.ema.average),
-        "scaler": run.scaler.state_dict(),
-        "progress": dataclasses.asdict(run.progress),
+        "optimizers": [full_tensors(optimizer.state_dict()) for optimizer in optimizers],
+        "average": full_tensors(ema.average),
+        "scaler": scaler.state_dict(),
     }
 
 
-def load_training_state(run, saved: dict) -> None:
-    """Put a checkpoint's state into a new Run; raises InputError when it does not fit."""
+def load_training_state(
+    saved: dict,
+    path: Path,
+    model: torch.nn.Module,
+    optimizers: list,
+    ema: EMA,
+    scaler: LossScaler,
+    guard: NonFiniteGuard,
+) -> Progress:
+    """Put the state of the checkpoint `path` into these; raises InputError if it does not fit."""
     try:
-        load_model_state_dict(run.model, saved["model"])
-        run.ema.restart()  # from these weights, for a checkpoint that has no average
-        if run.ema.average and saved["average"]:
-            load_tensors(run.ema.average, saved["average"])
-        run.progress = Progress.from_checkpoint(saved)
-        for optimizer, state in zip(run.optimizers, saved["optimizers"], strict=True):
-            load_optimizer_state(optimizer, state, has_stepped=run.progress.step > 0)
-        if run.scaler.is_enabled():
-            load_scaler_state(run.scaler, saved["scaler"])
-        run.guard.restore(run.progress.skipped_steps)
+        load_model_state_dict(model, saved["model"])
+        ema.restart()  # from these weights, for a checkpoint that has no average
+        if ema.average and saved["average"]:
+            load_tensors(ema.average, saved["average"])
+        progress = Progress.from_checkpoint(saved)
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            load_optimizer_state(optimizer, state, has_stepped=progress.step > 0)
+        if scaler.is_enabled():
+            load_scaler_state(scaler, saved["scaler"])
+        guard.restore(progress.skipped_steps)
     except MISFITS as error:
         if is_out_of_memory(error):
             raise
-        path = Path(run.config.out_dir, LATEST)
         raise InputError(f"{path} is not usable for a resume: {error}") from None
-    run.has_checkpoint = True
+    return progress
 
 
 def load_model_state_dict(model: torch.nn.Module, weights: dict) -> None:

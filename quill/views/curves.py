@@ -1,7 +1,5 @@
 """The losses of runs over their steps, from metrics.jsonl. No torch is needed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -28,20 +26,13 @@ def read_metrics(path: Path) -> list[dict]:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise InputError(f"{path}, line {number}: not a line of metrics; remove it") from None
         records.append(record)
-    if not evaluations(records):
+    if not any({"train_loss", "val_loss"} <= record.keys() for record in records):
         raise InputError(f"{path} holds no evaluation yet")
     return records
 
 
-def evaluations(records: list[dict]) -> list[dict]:
-    return [record for record in records if {"train_loss", "val_loss"} <= record.keys()]
-
-
 def draw_losses(runs: dict[str, list[dict]]):
-    """A figure: the losses of each run, with a star at its lowest val loss, above learning rates.
-
-    runs: what `read_metrics` gave, by name.
-    """
+    """A figure of each run's losses, with a star at the lowest val loss, above learning rates."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -49,7 +40,15 @@ def draw_losses(runs: dict[str, list[dict]]):
     above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     for i, (name, records) in enumerate(runs.items()):
         color = colormaps["viridis"](0.8 * i / max(1, len(runs) - 1))  # dark to light, in grey too
-        draw_run(above, records, color, f"{name}: " if len(runs) > 1 else "", is_first=i == 0)
+        batch, train = ("batch", "train") if i == 0 else (None, None)  # once in the legend
+        above.plot(*columns(records, "loss"), color=color, label=batch, alpha=0.35, linewidth=0.8)
+        above.plot(*columns(records, "train_loss"), "--", color=color, label=train)
+        steps, losses = columns(records, "val_loss")
+        best = losses.index(min(losses))
+        title = f"{name}: " if len(runs) > 1 else ""
+        label = f"{title}val, best {losses[best]:.4f} at step {steps[best]}"
+        star = {"markevery": [best], "markersize": 14, "markeredgecolor": "white"}
+        above.plot(steps, losses, "-*", color=color, label=label, **star)
         below.plot(*columns(records, "lr"), color=color)
     above.set(ylabel="loss (nats per token)")
     below.set(xlabel="step", ylabel="learning rate")
@@ -58,20 +57,6 @@ def draw_losses(runs: dict[str, list[dict]]):
         axes.spines[["top", "right"]].set_visible(False)
     above.legend()
     return figure
-
-
-def draw_run(axes, records: list[dict], color, title: str, is_first: bool) -> None:
-    steps, losses = columns(evaluations(records), "val_loss")
-    best = losses.index(min(losses))
-    labels = {"loss": "batch", "train_loss": "train"} if is_first else {}
-    styles = {"loss": {"alpha": 0.35, "linewidth": 0.8}, "train_loss": {"linestyle": "--"}}
-    for name, style in styles.items():
-        axes.plot(*columns(records, name), color=color, label=labels.get(name), **style)
-    axes.plot(
-        *(steps, losses, "-*"),
-        **{"color": color, "markevery": [best], "markersize": 14, "markeredgecolor": "white"},
-        label=f"{title}val, best {losses[best]:.4f} at step {steps[best]}",
-    )
 
 
 def columns(records: list[dict], name: str) -> tuple[list, list]:

@@ -6,8 +6,6 @@ and by the colour-blind.
 Shapes:  T time, in tokens   V vocab_size   nh n_head   C n_embd
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 
@@ -48,16 +46,15 @@ def draw(out_dir: Path, start: str, which: str) -> dict[str, Figure]:
 
     start: the text to look at, or FILE:path; if empty, the model writes one.
     """
-    text = read_prompt(start) if start else None
     loaded = pretrained.from_folder(out_dir)
     model, tokenizer = loaded.build().eval(), loaded.tokenizer
-    ids = written_by(model, tokenizer) if text is None else encode(tokenizer, text)
-    kinds = {"attention": draw_attention, "surprise": draw_surprise, "neighbours": draw_neighbours}
-    names = kinds if which == "all" else [which]
+    ids = encode(tokenizer, read_prompt(start)) if start else written_by(model, tokenizer)
     if isinstance(model, Bigram):
         if which in ("attention", "neighbours"):
             raise InputError(f"--pictures={which}: a bigram has no attention and no embedding")
-        names = ["surprise"]
+        which = "surprise"
+    kinds = {"attention": draw_attention, "surprise": draw_surprise, "neighbours": draw_neighbours}
+    names = kinds if which == "all" else [which]
     return {name: kinds[name](model, tokenizer, ids) for name in names}
 
 
@@ -76,12 +73,8 @@ def written_by(model: GPT | Bigram, tokenizer: Tokenizer) -> torch.Tensor:
         start = torch.tensor([tokenizer.end_of_text or 0])
     n = min(MAX_TOKENS - 1, model.config.block_size)
     options = SampleOptions(num_samples=1, max_new_tokens=n, temperature=1.0, top_k=0)
-    decoder = Decoder(model, tokenizer.vocab_size)
-    new = [ids[0] for ids in sample_tokens(decoder, start.numpy(), options)]
-    return torch.cat((start, torch.tensor(new)))
-
-
-# ---- attention ---------------------------------------------------------------------------------
+    steps = sample_tokens(Decoder(model, tokenizer.vocab_size), start, options)
+    return torch.cat((start, *map(torch.tensor, steps)))
 
 
 def attention_maps(model: GPT, ids: torch.Tensor) -> torch.Tensor:
@@ -110,13 +103,13 @@ def draw_attention(model: GPT, tokenizer: Tokenizer, ids: torch.Tensor) -> Figur
     maps = attention_maps(model, ids[:T])
     maps[..., ~torch.ones(T, T, dtype=torch.bool).tril()] = math.nan  # the future stays white
     side = max(T, MIN_MAP_TOKENS) + 1  # with a gap to the next map
-    cells = np.full((n_layer * side, n_head * side), math.nan)
-    axes = new_table(cells, LINE_INCHES, LINE_INCHES)
+    maps = F.pad(maps, (0, side - T, 0, side - T), value=math.nan)
+    cells = maps.transpose(1, 2).reshape(n_layer * side, n_head * side).numpy()
+    title = f"Attention weights: one row for each token that attends{part(T, len(ids))}"
+    axes = new_table(cells, LINE_INCHES, LINE_INCHES, title)
     for layer, head in np.ndindex(n_layer, n_head):
-        y, x = layer * side, head * side
-        cells[y : y + T, x : x + T] = maps[layer, head]
-        name = f"layer {layer}\nhead {head}"
-        axes.text(x + side - 1.5, y - 0.5, name, ha="right", va="top", size=TYPE["size"])
+        x, y = (head + 1) * side - 1.5, layer * side - 0.5
+        axes.text(x, y, f"layer {layer}\nhead {head}", ha="right", va="top", size=TYPE["size"])
     labels = labels_of(tokenizer, ids[:T].tolist())
     columns, rows = ([i * side + t for i in range(n) for t in range(T)] for n in (n_head, n_layer))
     upright = {"rotation": 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
@@ -124,11 +117,7 @@ def draw_attention(model: GPT, tokenizer: Tokenizer, ids: torch.Tensor) -> Figur
     axes.set_xticks(columns, labels * n_head, **style)
     axes.set_yticks(rows, labels * n_layer, va="center", **TYPE)
     paint(axes, cells, BLUES, "weight", 1.0)
-    set_title(axes, "Attention weights: one row for each token that attends", T, len(ids))
     return axes.figure
-
-
-# ---- surprise ----------------------------------------------------------------------------------
 
 
 def guesses(model: GPT, ids: torch.Tensor, vocab_size: int):
@@ -136,10 +125,10 @@ def guesses(model: GPT, ids: torch.Tensor, vocab_size: int):
 
     The latter are token ids and their probabilities, (T, N_GUESSES) each.
     """
-    log_probs = F.log_softmax(model(ids[None, :-1])[0][0], dim=-1)  # (T, V)
-    surprise = -log_probs.gather(1, ids[1:, None])[:, 0]
-    likeliest = log_probs[:, :vocab_size].topk(min(N_GUESSES, vocab_size))
-    return surprise, likeliest.indices, likeliest.values.exp()
+    logits = model(ids[None, :-1])[0][0]  # (T, V)
+    surprise = F.cross_entropy(logits, ids[1:], reduction="none")
+    probs, tokens = logits.softmax(dim=-1)[:, :vocab_size].topk(min(N_GUESSES, vocab_size))
+    return surprise, tokens, probs
 
 
 def draw_surprise(model: GPT, tokenizer: Tokenizer, ids: torch.Tensor) -> Figure:
@@ -154,7 +143,8 @@ def draw_surprise(model: GPT, tokenizer: Tokenizer, ids: torch.Tensor) -> Figure
     width = cell_width(labels)
     n_columns = min(n, int(PAGE_INCHES / width))
     labels, values = wrapped(labels, n_columns, ""), wrapped(values, n_columns, math.nan)
-    axes = new_table(values, 1.8 * LINE_INCHES, width)
+    title = f"Surprise, {surprise.mean():.3f} nats a token, and below it the likeliest tokens there"
+    axes = new_table(values, 1.8 * LINE_INCHES, width, title + part(n, len(ids)))
     (first,) = labels_of(tokenizer, ids[:1].tolist())
     axes.text(0, 0, first, ha="center", va="center", weight="bold", **TYPE)
     is_text = np.arange(len(values))[:, None] % (tokens.size(1) + 1) == 0
@@ -162,8 +152,6 @@ def draw_surprise(model: GPT, tokenizer: Tokenizer, ids: torch.Tensor) -> Figure
     uniform = math.log(model.config.vocab_size)  # the loss when all tokens are equally likely
     paint(axes, text, BLUES, "surprise (nats)", uniform, labels, weight="bold")
     paint(axes, guess, GREYS, "probability", 1.0, labels)
-    name = f"Surprise, {surprise.mean():.3f} nats a token, and below it the likeliest tokens there"
-    set_title(axes, name, n, len(ids))
     return axes.figure
 
 
@@ -178,9 +166,6 @@ def wrapped(table: np.ndarray, n_columns: int, empty) -> np.ndarray:
     cells[1 : n + 1, :m] = table
     lines = cells.reshape(n_lines, n_columns, m + 1).swapaxes(1, 2)
     return lines.reshape(n_lines * (m + 1), n_columns)[:-1]
-
-
-# ---- neighbours --------------------------------------------------------------------------------
 
 
 def neighbours(model: GPT, tokens: list[int], vocab_size: int):
@@ -200,16 +185,14 @@ def draw_neighbours(model: GPT, tokenizer: Tokenizer, ids: torch.Tensor) -> Figu
     cosines, nearest = neighbours(model, tokens, tokenizer.vocab_size)
     cosines = cosines.numpy()
     labels = [labels_of(tokenizer, row) for row in nearest.tolist()]
-    axes = new_table(cosines, 2.8 * LINE_INCHES, max(8 * CHAR_INCHES, cell_width(labels)))
+    width = max(8 * CHAR_INCHES, cell_width(labels))
+    title = f"Neighbours of each distinct token{part(len(tokens), len(distinct))}"
+    axes = new_table(cosines, 2.8 * LINE_INCHES, width, title)
     for y, x in np.ndindex(cosines.shape):
         labels[y][x] += f"\n{cosines[y, x]:.2f}"
     axes.set_yticks(range(len(tokens)), labels_of(tokenizer, tokens), va="center", **TYPE)
     paint(axes, cosines, BLUES, "cosine of the embeddings", 1.0, labels)
-    set_title(axes, "Neighbours of each distinct token", len(tokens), len(distinct))
     return axes.figure
-
-
-# ---- tables ------------------------------------------------------------------------------------
 
 
 def labels_of(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
@@ -218,8 +201,9 @@ def labels_of(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
     for token in tokens:
         text = tokenizer.decode_bytes([token]).decode("utf-8", errors="backslashreplace")
         shown = "".join(map(visible, text))
-        is_short = len(shown) <= MAX_LABEL_CHARS
-        labels.append(shown if is_short else shown[: MAX_LABEL_CHARS - 1] + "…")
+        if len(shown) > MAX_LABEL_CHARS:
+            shown = shown[: MAX_LABEL_CHARS - 1] + "…"
+        labels.append(shown)
     return labels
 
 
@@ -232,17 +216,22 @@ def visible(char: str) -> str:
 
 def cell_width(labels) -> float:
     """In inches, for the longest in a table of labels."""
-    longest = max(len(label) for row in labels for label in row)
-    return (max(longest, 2) + 1.5) * CHAR_INCHES
+    return (max(2, np.char.str_len(labels).max()) + 1.5) * CHAR_INCHES
 
 
-def new_table(cells: np.ndarray, height: float, width: float):
+def part(n_shown: int, n: int) -> str:
+    """What a title says where not all is shown."""
+    return f" (the first {n_shown} of {n:,})" if n_shown < n else ""
+
+
+def new_table(cells: np.ndarray, height: float, width: float, title: str):
     """Axes whose unit is a cell, of height x width inches; saving adds room for the labels."""
     n_rows, n_columns = cells.shape
     axes = Figure(figsize=(n_columns * width, n_rows * height)).add_axes((0, 0, 1, 1))
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     axes.set(xticks=[], yticks=[])
+    axes.set_title(title, loc="left", size=9)
     return axes
 
 
@@ -258,12 +247,5 @@ def paint(axes, values, colors: str, name: str, maximum: float, labels=None, **s
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
     for y, x in np.argwhere(~np.isnan(values)) if labels is not None else ():
-        red, green, blue, _ = image.to_rgba(values[y, x])
-        is_dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.45
-        color = "white" if is_dark else "black"
+        color = "white" if values[y, x] > 0.625 * maximum else "black"  # on dark, on light
         axes.text(x, y, labels[y][x], ha="center", va="center", color=color, **TYPE, **style)
-
-
-def set_title(axes, name: str, n_shown: int, n: int) -> None:
-    part = f" (the first {n_shown} of {n:,})" if n_shown < n else ""
-    axes.set_title(name + part, loc="left", size=9)

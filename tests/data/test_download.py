@@ -81,6 +81,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.3)
     monkeypatch.setattr(download, "PATIENCE_SECONDS", 0.4)
+    monkeypatch.setattr(download, "WAIT_SECONDS", 0)
     Server.hits, Server.ranges = {}, []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as httpd:
         httpd.is_over = threading.Event()
@@ -94,7 +95,7 @@ def fetch(server, *paths):
     sha256 = hashlib.sha256(Server.body).hexdigest()
     urls = [server + path for path in paths]
     path, size = Path("got.txt"), len(Server.body)
-    download.download(urls, path, size, sha256, "ask somebody", wait_seconds=0)
+    download.download(urls, path, size, sha256, "ask somebody")
 
 
 CUT_OFF = ["/cut", "/less", "/stall", "/drip"]  # what has come may be the beginning of the right

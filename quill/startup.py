@@ -1,14 +1,15 @@
-"""Ctrl-C while a command is still importing torch: one line and exit code 130, no traceback.
+"""What the commands import before anything else, as importing torch takes a second or two.
 
-The commands import this before anything else. Importing it installs the handler.
+Importing it installs a handler for Ctrl-C: one line and exit code 130, no traceback.
 """
-
-from __future__ import annotations
 
 import os
 import signal
+import time
 
 from quill.errors import print_error
+
+STARTED = time.perf_counter()  # when the command started, nearly
 
 
 def interrupt(number, frame) -> None:

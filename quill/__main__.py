@@ -1,0 +1,6 @@
+"""What `python -m quill` says."""
+
+raise SystemExit(
+    "quill is a library: run train.py, sample.py or prepare.py, or one of its commands, python -m "
+    "quill.plot, quill.bench, quill.export, quill.arithmetic; --help of each lists its options"
+)
