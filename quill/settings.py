@@ -190,11 +190,10 @@ def _from_python(kind, value):
 
 def _bounds_problem(field, value) -> list[str]:
     low, high = field.metadata.get("min"), field.metadata.get("max")
-    if not isinstance(value, (int, float)):
-        return []
-    if low is not None and value < low:
+    is_number = isinstance(value, (int, float))
+    if is_number and low is not None and value < low:
         return [f"{field.name}={value}: must be at least {low}"]
-    if high is not None and value > high:
+    if is_number and high is not None and value > high:
         return [f"{field.name}={value}: must be at most {high}"]
     return []
 

@@ -21,8 +21,9 @@ def find_start(config, argv: list[str], usage: str) -> tuple:
     out_dir, is_main = Path(config.out_dir), distributed.is_main()
     saved = start = base = None
     with distributed.main_first():
-        continues = config.init_from == "auto" and checkpoint.can_resume(out_dir)
-        if config.init_from == "resume" or continues:
+        paths = (out_dir / checkpoint.LATEST, out_dir / checkpoint.PREVIOUS)
+        can_resume = any(path.exists() for path in paths)
+        if config.init_from == "resume" or (config.init_from == "auto" and can_resume):
             may_move = is_main and not config.eval_only
             saved = checkpoint.load_latest(out_dir, may_move, is_quiet=not is_main)
             base = saved["config"]

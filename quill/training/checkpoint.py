@@ -152,11 +152,6 @@ def find_checkpoint(out_dir: Path) -> Path:
     return best if best.exists() else out_dir / LATEST
 
 
-def can_resume(out_dir: Path) -> bool:
-    """Whether there is a checkpoint to resume from, intact or not."""
-    return (out_dir / LATEST).exists() or (out_dir / PREVIOUS).exists()
-
-
 def differences(there: dict, here: dict, free: set[str]) -> list[str]:
     """In words, the values of two models or runs that should agree, except those in `free`."""
     return [
