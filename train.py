@@ -121,7 +121,7 @@ class Run:
     compiles: bool
     data: Splits  # train, val, and their tokenizer
     model: GPT | Bigram  # the weights
-    forward: torch.nn.Module  # the same model, compiled and on several processes
+    forward: torch.nn.Module  # what to call: the model, compiled or wrapped for DDP or not
     optimizers: list[torch.optim.Optimizer]
     scaler: LossScaler  # does nothing unless dtype is float16
     ema: EMA  # the running average of the weights
@@ -129,7 +129,7 @@ class Run:
     timer: StepTimer
     set_to_none: bool  # how gradients are zeroed
     progress: Progress
-    has_checkpoint: bool = False  # in out_dir, so that ckpt.previous.pt is of the same run
+    owns_checkpoint: bool = False  # ckpt.pt in out_dir is this run's, and may become the previous
     next_micro_batches: list | None = None  # prefetched
     log: Logger | NullLogger = dataclasses.field(default_factory=NullLogger)
 
@@ -181,7 +181,7 @@ def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | No
         parts = (model, run.optimizers, run.ema, run.scaler, run.guard)
         path = Path(config.out_dir, checkpoint.LATEST)
         run.progress = state_dict.load_training_state(saved, path, *parts)
-        run.has_checkpoint = True
+        run.owns_checkpoint = True
     if has_graphs:
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
@@ -299,15 +299,14 @@ def train_step(run: Run):
     set_lr(run.optimizers, run.config, step)
     micro_batches = run.next_micro_batches or get_micro_batches(run, step)
     loss, grad_norm = compute_gradients(run, micro_batches)
-    while run.scaler.lower_after_overflow(loss, grad_norm, run.optimizers, run.set_to_none):
+    while run.scaler.prepare_retry(loss, grad_norm, run.optimizers, run.set_to_none):
         loss, grad_norm = compute_gradients(run, micro_batches)  # float16: the same step again
     update_weights(run, loss, grad_norm)
     run.ema.update(step)
     run.progress.step += 1
     run.progress.tokens += run.config.tokens_per_step
-    run.next_micro_batches = get_micro_batches(
-        run, step + 1
-    )  # while the device is still busy with this one
+    # Prefetch while the device is still busy with this step.
+    run.next_micro_batches = get_micro_batches(run, step + 1)
     return loss, grad_norm
 
 
@@ -317,10 +316,10 @@ def update_weights(run: Run, loss, grad_norm) -> None:
     AdamW's fused kernel and our Muon read `found_inf` on the device and then change nothing, so
     that this process need not wait to find out.
     """
-    found_inf = run.guard.check(loss, grad_norm, run.progress.step + 1)
+    found_inf = run.guard.record(loss, grad_norm, run.progress.step + 1)  # 0 or 1, on the device
     for optimizer in run.optimizers:
         if run.scaler.is_enabled():
-            if not found_inf:  # lower_after_overflow has waited for the device anyway
+            if not found_inf:  # prepare_retry has waited for the device anyway
                 run.scaler.step(optimizer)
         else:
             optimizer.found_inf = found_inf
@@ -385,7 +384,7 @@ def evaluate_and_save(run: Run) -> None:
         is_best = record["val_loss"] < progress.best_val_loss
         if is_best:
             progress.best_val_loss = record["val_loss"]
-            save(run, checkpoint.BEST)
+            save(run, checkpoint.BEST)  # the averaged weights, where there is an average
     progress.stale_evaluations = 0 if is_best else progress.stale_evaluations + 1
     progress.evaluated_step = progress.step
     progress.seconds = run.timer.seconds()
@@ -398,7 +397,7 @@ def evaluate_and_save(run: Run) -> None:
 
 
 def log_step(run: Run, loss, grad_norm) -> None:
-    """Apart from evaluations and float16, the only place where the loop waits for the device."""
+    """Apart from evaluations, float16 and MPS, the only place that waits for the device."""
     run.guard.report(run.progress.skipped_steps, run.log)
     numbers = {"loss": loss.item(), "grad_norm": grad_norm.item()}
     record = {"step": run.progress.step}
@@ -427,8 +426,8 @@ def save(run: Run, name: str) -> None:
         if name == checkpoint.BEST:
             checkpoint.save_checkpoint(out_dir / name, contents)
         else:
-            checkpoint.save_latest(out_dir, contents, keep_previous=run.has_checkpoint)
-    run.has_checkpoint |= name == checkpoint.LATEST
+            checkpoint.save_latest(out_dir, contents, keep_previous=run.owns_checkpoint)
+    run.owns_checkpoint |= name == checkpoint.LATEST
 
 
 def save_and_stop(run: Run, signal_number: int) -> int:
@@ -459,6 +458,7 @@ def main(argv: list[str]) -> int:
         folder = run_folder(config.out_dir)
         with file_lock(folder) if is_writer else contextlib.nullcontext():
             with devices.out_of_memory_advice("lower n_embd or n_layer"):
+                # The options settled, and a checkpoint or weights, which are not kept any longer.
                 run = setup(*find_start(config, argv, usage=__doc__))
             with devices.out_of_memory_advice(
                 f"halve batch_size={run.config.batch_size} and double gradient_accumulation_steps, "

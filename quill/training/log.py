@@ -41,7 +41,7 @@ class Logger:
         config = dataclasses.asdict(run.config)
         self.out_dir, self.max_iters = Path(run.config.out_dir), run.config.max_iters
         self.path = self.out_dir / "metrics.jsonl"
-        self.resumed = dataclasses.replace(run.progress) if run.has_checkpoint else None
+        self.resumed = dataclasses.replace(run.progress) if run.owns_checkpoint else None
         self.n_laps, self.compiles = 0, run.compiles
         self.warns_if_slow = run.device.type == "cpu"
         self.file = None
@@ -173,7 +173,7 @@ def run_summary(run) -> str:
         lines.append(
             f"{data.train.n_cut:,} pairs are longer than block_size={config.block_size} and cut"
         )
-    if run.has_checkpoint:
+    if run.owns_checkpoint:
         lines.append(f"resuming after step {run.progress.step} of {config.max_iters}")
     return "\n".join(lines)
 

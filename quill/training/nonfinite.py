@@ -22,8 +22,8 @@ class NonFiniteGuard:
         known = skipped_steps[: self.n_allowed]
         self.bad_steps[: len(known)] = torch.tensor(known, dtype=torch.int64)
 
-    def check(self, loss, grad_norm, step: int):
-        """-> a number on the device, above 0 when the update of this step must be skipped."""
+    def record(self, loss, grad_norm, step: int):
+        """Note the step, counted from 1, if it is not finite; -> 1.0 to skip its update, or 0.0."""
         is_bad = ~torch.isfinite(loss + grad_norm)
         is_over = self.bad_steps[-1] > 0
         next_slot = self.slots == (self.bad_steps > 0).sum()
@@ -56,7 +56,7 @@ class LossScaler(torch.amp.GradScaler):
     make max_iters another number than that of the updates.
     """
 
-    def lower_after_overflow(self, loss, grad_norm, optimizers: list, set_to_none: bool) -> bool:
+    def prepare_retry(self, loss, grad_norm, optimizers: list, set_to_none: bool) -> bool:
         """Whether the gradients overflowed; then the scale is lowered and they are zeroed.
 
         Not if the loss itself is not finite, which a lower scale would not mend.

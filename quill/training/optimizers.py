@@ -33,7 +33,7 @@ class OptimizerOptions:
     )
     decay_lr: bool = option(True, "false keeps the learning rate constant")
     lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = option(
-        "cosine", "decay after warm-up; wsd: constant, then linear"
+        "cosine", "decay after warm-up; wsd: constant, then linear; constant: neither"
     )
     warmup_iters: int = option(2000, "steps of linear warm-up", min=0)
     lr_decay_iters: int = option(0, "step where min_lr is reached; 0: max_iters", min=0)
@@ -158,7 +158,9 @@ def get_lr(config: OptimizerOptions, step: int) -> float:
         coefficient = 0.5 * (1 + math.cos(math.pi * progress))
     elif config.lr_schedule == "linear":
         coefficient = 1 - progress
-    else:  # warmup-stable-decay, Hu et al. 2024
+    elif config.lr_schedule == "wsd":  # warmup-stable-decay, Hu et al. 2024
         decay = config.wsd_decay_share
         coefficient = min(1.0, (1 - progress) / decay) if decay else 1.0
+    else:
+        raise ValueError(f"lr_schedule={config.lr_schedule}: no such schedule")
     return config.min_lr + coefficient * (config.learning_rate - config.min_lr)

@@ -96,6 +96,13 @@ def test_a_nanogpt_config_runs_unmodified(tiny, call):
     assert saved["config"]["gradient_accumulation_steps"] == 2 and saved["step"] == 10
 
 
+def test_an_out_dir_that_a_config_computes_is_one_folder(tiny, call):
+    Path("computed.py").write_text("import time\nout_dir = 'out-' + str(time.time_ns())\n")
+    assert call("train", *TINY, "computed.py", "--max_iters=1")[0] == 0
+    [folder] = Path().glob("out-*")
+    assert {".lock", "ckpt.pt", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_prints_the_resume_command(tiny, number):
     line = [sys.executable, REPO / "train.py", *TINY, "--max_iters=100000", "--log_interval=1"]

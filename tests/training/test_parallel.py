@@ -178,6 +178,16 @@ def test_a_failure_on_any_process_is_one_line(tiny, argv, complaint):
     assert 'train.py", line' not in said, "no traceback of ours among torchrun's report"
 
 
+def test_processes_that_do_not_share_a_folder_are_refused(tiny, call):
+    """One finds a checkpoint to continue from, the other none."""
+    assert call("train", *SAME, "--out_dir=out0", "--max_iters=2")[0] == 0
+    Path("apart.py").write_text("import os\nout_dir = 'out' + os.environ['RANK']\n")
+    script = [REPO / "train.py", *SAME, "apart.py", "--init_from=auto"]
+    said = torchrun("--standalone", "--nproc_per_node=2", *script).communicate(timeout=60)[0]
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "does not hold the same checkpoint" in errors[0], said
+
+
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=slow)])
 def test_a_signal_to_one_process_stops_and_saves_all(tiny, rank):
     flags = [*SAME, "--max_iters=100000", "--eval_interval=100000"]
