@@ -132,6 +132,8 @@ def specification(tokenizer: Tokenizer) -> dict:
         tokens = _BYTES
         if isinstance(tokenizer, BPETokenizer):
             tokens, special = tokenizer.tokens, tokenizer.special
+        elif not isinstance(tokenizer, ByteTokenizer):
+            raise ValueError(f"a {type(tokenizer).__name__} has no form in a tokenizer.json")
         names = [_spelled(token) for token in tokens]
         split, decoder = _BYTE_LEVEL, _BYTE_LEVEL
         model = {"type": "BPE", "merges": merges_of(tokens)}

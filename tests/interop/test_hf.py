@@ -293,6 +293,14 @@ def test_another_tokenizer_is_refused(folder, part, changes, complaint):
     assert complaint in str(caught.value)
 
 
+def test_a_tokenizer_of_another_kind_is_not_exported_as_bytes():
+    class Words:
+        end_of_text = None
+
+    with pytest.raises(ValueError, match="a Words has no form"):
+        hf_tokenizers.specification(Words())
+
+
 def test_more_tokens_than_rows_are_refused(folder):
     export(GPTConfig(20, 8, 1, 2, 16), CHAR)
     with pytest.raises(InputError, match="dest: its tokenizer has 11 tokens, its model 8"):
