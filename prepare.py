@@ -12,10 +12,7 @@ the meta.pkl of a dataset that nanoGPT prepared. In .jsonl a line is {"text": ..
 ..., "completion": ...}, of which only the completion carries loss.
 """
 
-import quill.startup  # noqa: F401  first, for Ctrl-C during the imports below
-
-# isort: split
-
+import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
 import dataclasses
 import hashlib
 import sys

@@ -8,10 +8,7 @@ Usage:
     python sample.py --out_dir=out --interactive
 """
 
-import quill.startup  # noqa: F401  first, for Ctrl-C during the imports below
-
-# isort: split
-
+import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
 import dataclasses
 import functools
 import sys

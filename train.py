@@ -7,10 +7,7 @@ Usage:
     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
 """
 
-import quill.startup  # noqa: F401  first, for Ctrl-C during the imports below
-
-# isort: split
-
+import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
 import contextlib
 import dataclasses
 import math
@@ -67,12 +64,8 @@ class TrainConfig(OptimizerOptions, ModelOptions):
         "run, of nanoGPT, of Hugging Face",
     )
     eval_interval: int = option(2000, "steps between evaluations", min=1)
-    eval_iters: int = option(
-        200, "windows for the train loss, and for a large val split", min=1, max=10**6
-    )
-    sample_at_eval: int = option(
-        0, "tokens of text to generate at each evaluation; 0: none", min=0, max=10**6
-    )
+    eval_iters: int = option(200, "windows of the train or a large val split", min=1, max=10**6)
+    sample_at_eval: int = option(0, "tokens to generate at each evaluation", min=0, max=10**6)
     eval_only: bool = option(False, "evaluate once, print and stop; writes nothing")
     log_interval: int = option(1, "steps between log lines", min=1)
     always_save_checkpoint: bool = option(True, "save ckpt.pt also when val loss did not improve")
@@ -83,9 +76,7 @@ class TrainConfig(OptimizerOptions, ModelOptions):
     tensorboard_log: bool = option(False, "log to out_dir/tensorboard (needs the 'track' extra)")
     # data
     batch_size: int = option(12, "windows in a micro-step", min=1, max=10**6)
-    gradient_accumulation_steps: int = option(
-        40, "micro-steps summed into one step", min=1, max=10**6
-    )
+    gradient_accumulation_steps: int = option(40, "micro-steps in a step", min=1, max=10**6)
     # model
     model: Literal["gpt", "bigram"] = option("gpt", "bigram: the baseline, only the last token")
     vocab_multiple: int = option(1, "round the model's vocabulary up to it", min=1, max=10**6)
@@ -96,9 +87,7 @@ class TrainConfig(OptimizerOptions, ModelOptions):
     compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = option(
         "default", "of torch.compile; reduce-overhead records CUDA graphs"
     )
-    parallel: Literal["ddp", "fsdp"] = option(
-        "ddp", "several processes: each has all of the model, or a shard of each tensor"
-    )
+    parallel: Literal["ddp", "fsdp"] = option("ddp", "fsdp: a process has a shard of each tensor")
     backend: Literal["nccl", "gloo"] = option("nccl", "several processes on GPUs; CPUs use gloo")
     deterministic: bool = option(False, "only repeatable GPU kernels: slower, resumes bit for bit")
     seed: int = option(1337, "of weights, data order and dropout", min=0, max=2**32 - 1)

@@ -4,10 +4,7 @@ Usage:
     python -m quill.arithmetic --out_dir=out
 """
 
-import quill.startup  # noqa: F401  first, for Ctrl-C during the imports below
-
-# isort: split
-
+import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
 import dataclasses
 import random
 from collections.abc import Iterator

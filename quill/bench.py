@@ -76,9 +76,6 @@ def _in_words(value) -> str:
     return f"{value:,}" if type(value) is int else str(value)
 
 
-# ---- measuring ---------------------------------------------------------------------------------
-
-
 def measure(config: BenchConfig) -> dict:
     """Train and sample for a moment; -> figures by name, with the unit in the name."""
     run = train.setup(config)
@@ -154,9 +151,6 @@ def _ms(device: torch.device, work, argument) -> float:
     work(argument)
     devices.synchronize(device)
     return 1000 * (time.perf_counter() - started)
-
-
-# ---- planning ----------------------------------------------------------------------------------
 
 
 def plan(config: BenchConfig) -> dict:

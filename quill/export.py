@@ -7,10 +7,7 @@ AutoModelForCausalLM and AutoTokenizer load the folder DEST. A model with GPT-2'
 GPT2LMHeadModel, one with Llama's a LlamaForCausalLM; any other is refused.
 """
 
-import quill.startup  # noqa: F401  first, for Ctrl-C during the imports below
-
-# isort: split
-
+import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
 import contextlib
 import dataclasses
 from pathlib import Path

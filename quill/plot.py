@@ -12,10 +12,7 @@ Usage:
 Beside each PNG the same picture is written as SVG.
 """
 
-import quill.startup  # noqa: F401  first, for Ctrl-C during the imports below
-
-# isort: split
-
+import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
 import dataclasses
 from pathlib import Path
 from typing import Literal

@@ -122,7 +122,6 @@ def _find(name: str) -> list[Path]:
     return files
 
 
-# ---- one reader for each kind of file ----------------------------------------------------------
 # Each yields documents, as lists of (texts, has_loss), and calls `show` with the bytes it has read.
 
 

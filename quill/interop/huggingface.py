@@ -62,9 +62,6 @@ def import_safetensors():
     return safetensors
 
 
-# ---- in -----------------------------------------------------------------------------------------
-
-
 def load(path: Path) -> tuple[GPTConfig, dict[str, torch.Tensor], Tokenizer | None]:
     """A folder, or a .safetensors file and what lies beside it -> config, state_dict, tokenizer.
 
@@ -177,9 +174,6 @@ def refuse_other_tensors(tensors: dict, shapes: dict, path: Path) -> None:
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise InputError(f"{path}: {'; '.join(wrong[:3])}{more}")
-
-
-# ---- out ----------------------------------------------------------------------------------------
 
 
 def export(model: GPT, tokenizer: Tokenizer, dest: Path) -> str:

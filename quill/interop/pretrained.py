@@ -16,7 +16,6 @@ from quill.files import sha256_of_file
 from quill.interop import huggingface
 from quill.training import checkpoint, models
 from quill.training.models import BigramConfig
-from quill.training.safe_load import read_archive
 
 
 class Release(NamedTuple):
@@ -148,7 +147,7 @@ def from_run(path: Path) -> Pretrained:
 
 def from_nanogpt(path: Path) -> Pretrained:
     """A checkpoint of nanoGPT's train.py; raises InputError when it is not one."""
-    contents = read_archive(path, ("model", "optimizer", "best_val_loss"))
+    contents = checkpoint.read_archive(path, ("model", "optimizer", "best_val_loss"))
     try:
         names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
         config = GPTConfig(**{name: contents["model_args"][name] for name in names})

@@ -8,15 +8,18 @@ end, is the SHA-256 of the rest.
 import dataclasses
 import hashlib
 import math
+import pickle
 import struct
 import sys
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 
 from quill.errors import InputError
 from quill.files import atomic_write, sha256_of
-from quill.training.safe_load import read_archive
+from quill.training.devices import is_out_of_memory
 
 LATEST, PREVIOUS, BEST = "ckpt.pt", "ckpt.previous.pt", "best.pt"
 
@@ -32,12 +35,13 @@ NO_COMMENT = b"\0\0"  # an archive ends with the length of its comment
 COMMENT = b"sha256 "
 COMMENT_BYTES = len(COMMENT) + 64
 
+# What a checkpoint may claim, which a stranger may have made.
+MAX_DEPTH, MAX_VALUES = 10, 10**6  # of the tree of values
+MAX_PICKLE_BYTES = 2**24  # without the tensors; in memory a value takes up to 100 times its byte
+
 
 class DamagedError(InputError):
     """The file is missing, or not what was written."""
-
-
-# ---- files -------------------------------------------------------------------------------------
 
 
 class HashingFile:
@@ -123,6 +127,72 @@ def load_checkpoint(path: Path, *, for_resume: bool = False) -> dict:
     return contents
 
 
+def read_archive(path: Path, with_tensors: tuple[str, ...]) -> dict:
+    """The dict of plain types that the file holds, with tensors below the keys `with_tensors`.
+
+    Raises `InputError` for anything else.
+    """
+    try:
+        _check_archive(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about foreign pickles, which are refused below
+            # Memory-mapped, so that several processes on a machine share one copy.
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{path} holds more than tensors and plain types: refused, nothing in it was run"
+        ) from None
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # a forged file can make torch.load raise anything
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"{path} is not a checkpoint ({type(error).__name__})") from None
+    if not isinstance(contents, dict):
+        raise InputError(f"{path} is not a checkpoint ({type(contents).__name__})")
+    _check_values(contents, with_tensors, path)
+    return contents
+
+
+def _check_archive(path: Path) -> None:
+    """Raise InputError for an archive whose parts are larger, unpacked, than the file itself."""
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    is_packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+    pickles = [part.file_size for part in parts if "pkl" in part.filename]
+    n_bytes = sum(part.file_size for part in parts)
+    if is_packed or max(pickles, default=0) > MAX_PICKLE_BYTES or n_bytes > path.stat().st_size:
+        raise InputError(f"{path} is not a checkpoint: it claims more than it holds")
+
+
+def _check_values(contents: dict, with_tensors: tuple[str, ...], path: Path) -> None:
+    """Raise InputError for what is not a small tree of plain values and tensors stored in full.
+
+    A pickle can share its parts, so that a few bytes claim an endless list or a huge tensor.
+    """
+    pending = [(value, name in with_tensors, 0) for name, value in contents.items()]
+    n_values = 0
+    while pending:
+        value, may_be_tensor, depth = pending.pop()
+        n_values += 1
+        if torch.is_tensor(value):
+            is_usable = may_be_tensor and _is_stored_in_full(value)
+        else:
+            is_usable = isinstance(value, (dict, list, tuple, str, int, float, type(None)))
+        parts = value if isinstance(value, (dict, list, tuple)) else ()
+        n_known = n_values + len(pending) + len(parts)
+        if not is_usable or depth > MAX_DEPTH or n_known > MAX_VALUES:
+            raise InputError(f"{path} is not a checkpoint: it claims more than it holds")
+        parts = (*value, *value.values()) if isinstance(value, dict) else parts
+        pending += [(part, may_be_tensor, depth + 1) for part in parts]
+
+
+def _is_stored_in_full(tensor) -> bool:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        return False
+    return tensor.is_contiguous() and tensor.device.type == "cpu"
+
+
 def load_latest(out_dir: Path, may_move: bool, is_quiet: bool = False) -> dict:
     """The checkpoint to resume from: ckpt.pt, or with a message ckpt.previous.pt if it is damaged.
 
@@ -159,9 +229,6 @@ def differences(there: dict, here: dict, free: set[str]) -> list[str]:
         for name, value in here.items()
         if name not in free and there.get(name) != value
     ]
-
-
-# ---- what they say of a run --------------------------------------------------------------------
 
 
 @dataclasses.dataclass

@@ -42,8 +42,6 @@ def is_local_main() -> bool:
     return world_size() == 1 or os.environ["LOCAL_RANK"] == "0"
 
 
-# ---- start, stop -------------------------------------------------------------------------------
-
 _store = None  # torchrun's key-value store: processes find each other and count failures there
 
 
@@ -158,9 +156,6 @@ def refuse_several_processes() -> None:
         raise InputError("this measures one process: run it without torchrun")
 
 
-# ---- exchange ----------------------------------------------------------------------------------
-
-
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
@@ -207,9 +202,6 @@ def shard_like(tensor, like):
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-
-
-# ---- models ------------------------------------------------------------------------------------
 
 
 def wrap(

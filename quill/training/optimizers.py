@@ -22,12 +22,10 @@ class OptimizerOptions:
     beta1: float = option(0.9, "AdamW's decay of the mean gradient", min=0, max=0.9999)
     beta2: float = option(0.95, "AdamW's decay of the mean squared gradient", min=0, max=0.9999)
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 does not clip", min=0)
-    skip_nonfinite: int = option(
-        0, "updates that may be skipped for a loss or gradient not finite", min=0, max=10**4
-    )
+    skip_nonfinite: int = option(0, "updates to skip if not finite, at most", min=0, max=10**4)
     average_decay: float = option(
         0.0,
-        "evaluate, and keep in best.pt, a running average of the weights; 0: the latest weights",
+        "evaluate and save in best.pt an average of the weights; 0: none",
         min=0,
         max=0.99999,
     )
