@@ -159,14 +159,9 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             mask = cache.mask(T)
             k, v = cache.append(self.layer, k, v)
-        y = attend(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and T > 1,
-            dropout_p=self.dropout if self.training else 0.0,
-        )  # (B, nh, T, hs)
+        is_causal = mask is None and T > 1
+        p = self.dropout if self.training else 0.0
+        y = attend(q, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=p)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C).to(dtype)
         return self.resid_dropout(self.c_proj(y))
 

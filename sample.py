@@ -21,13 +21,7 @@ from quill.files import dataset_folder
 from quill.interop import pretrained
 from quill.sampling import interactive
 from quill.sampling.decoder import Decoder
-from quill.sampling.text import (
-    SampleOptions,
-    TextStream,
-    read_prompt,
-    sample_tokens,
-    stream_text,
-)
+from quill.sampling.text import SampleOptions, TextStream, read_prompt, sample_tokens, stream_text
 from quill.settings import DType, option
 from quill.training.devices import out_of_memory_advice, pick_device, pick_dtype
 

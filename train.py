@@ -50,8 +50,7 @@ ModelOptions = settings.options_of(GPTConfig, leave_out=("vocab_size",), bias=Fa
 class TrainConfig(OptimizerOptions, ModelOptions):
     """Every option of a run, with nanoGPT's name where it has the option.
 
-    Those of the model are the fields of model.GPTConfig; those of the optimizer, the learning rate
-    and the number of steps are in quill/training/optimizers.py.
+    The model's are in model.GPTConfig; those of updates, their number and rate in optimizers.py.
     """
 
     # files and reporting
@@ -175,7 +174,10 @@ def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | No
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
     if distributed.world_size() > 1 and config.parallel == "ddp":
-        distributed.settle_ddp(forward, lambda: loss_sum(run, get_micro_batches(run, 0)[0]))
+        # DDP orders its gradients anew after the first backward pass, and they are then summed in
+        # another order: without this pass the first step after a resume would round differently.
+        loss_sum(run, get_micro_batches(run, 0)[0]).backward()
+        model.zero_grad()
     return run
 
 
@@ -233,11 +235,8 @@ def sample_text(run: Run) -> str:
     options = SampleOptions(max_new_tokens=config.sample_at_eval, seed=config.seed)
     prompt = tokenizers.decode(data.tokenizer, data.val.prompt.tolist())
     decoder = Decoder(run.model.eval(), data.tokenizer.vocab_size)
-    text = "".join(
-        stream_text(
-            decoder, data.tokenizer, prompt, options, run.progress.step, data.reverses_answers
-        )
-    )
+    number, shown = run.progress.step, data.reverses_answers
+    text = "".join(stream_text(decoder, data.tokenizer, prompt, options, number, shown))
     run.model.train()
     return text
 

@@ -12,6 +12,7 @@ import quill.startup
 import copy
 import dataclasses
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -29,7 +30,6 @@ from quill.files import atomic_write, dataset_folder
 from quill.sampling.decoder import Decoder
 from quill.settings import option
 from quill.training import devices
-from quill.training.distributed import refuse_several_processes
 from quill.training.models import build, config_from_options
 from quill.training.optimizers import make_optimizers
 
@@ -54,7 +54,8 @@ class BenchConfig(train.TrainConfig):
 
 def main(argv: list[str]) -> int:
     config = settings.load(BenchConfig, argv, usage=__doc__)
-    refuse_several_processes()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("this measures one process: run it without torchrun")
     if config.json and not Path(config.json).parent.is_dir():
         raise InputError(f"json={config.json}: there is no such folder")
     with devices.out_of_memory_advice(f"lower batch_size={config.batch_size}"):
@@ -179,9 +180,9 @@ def plan(config: BenchConfig) -> dict:
 def _plan_memory(config: BenchConfig, model, rows: int) -> dict:
     """-> MB by kind, on one device that takes `rows` windows of a step.
 
-    The memory of the highest moment is less than the sum: gradients come as activations go. For a
-    GPU unless device=cpu: matrix products in bfloat16, and attention without float32 or dropout
-    masks. Without torch.compile, which keeps fewer activations, and without the dataset.
+    The highest moment takes less than the sum: gradients come as activations go. For a GPU unless
+    device=cpu: products in bfloat16, attention without float32 or dropout masks. Without
+    torch.compile, which keeps fewer activations, and the dataset.
     """
     is_gpu = config.device != "cpu"
     name = "bfloat16" if is_gpu and config.dtype == "auto" else config.dtype

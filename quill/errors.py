@@ -73,6 +73,15 @@ def print_error(message: str) -> None:
 
 
 @contextlib.contextmanager
+def needs_extra(name: str):
+    """In the block, a missing package is an InputError that says what to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f"{error}; install the extra: pip install '.[{name}]'") from None
+
+
+@contextlib.contextmanager
 def stop_signals(acts_at_second: bool):
     """Yield a list that collects SIGINT and SIGTERM while the block runs.
 

@@ -103,8 +103,8 @@ def _sync_folder(folder: Path) -> None:
 def file_lock(folder: Path):
     """Make `folder` and lock it; raises `InputError` while another process holds the lock.
 
-    The operating system releases it when the process ends, in whatever way, so a `.lock` file left
-    behind means nothing. Where there are no such locks, a line on stderr says so.
+    The system releases it when the process ends; a `.lock` file left behind means nothing. Where
+    there are no such locks, a line on stderr says so.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from quill import settings
-from quill.errors import InputError, run_command
+from quill.errors import InputError, needs_extra, run_command
 from quill.files import atomic_write
 from quill.settings import option
 from quill.views import curves
@@ -40,10 +40,8 @@ class PlotConfig:
 
 def main(argv: list[str]) -> int:
     config = settings.load(PlotConfig, argv, usage=__doc__)
-    try:
+    with needs_extra("plot"):
         import matplotlib
-    except ImportError as error:
-        raise InputError(f"{error}; install the extra: pip install '.[plot]'") from None
     out_dirs = [Path(name) for name in config.out_dir.split(",")]
     with matplotlib.rc_context(STYLE):
         for name, figure in draw(config, out_dirs).items():

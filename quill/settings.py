@@ -5,7 +5,7 @@ an instance from the command line. Config files are plain Python assignments, as
 
     python train.py config/small.py --batch_size=32 --compile false
 
-All that is wrong with the input is reported at once, as one `InputError`.
+All problems are reported at once, as one `InputError`.
 """
 
 import dataclasses

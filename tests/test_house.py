@@ -27,8 +27,8 @@ READING_PATH = {
 MAX_READING_PATH_LINES = 1900
 MAX_FUNCTION_LINES = 60
 
-EXTRAS = {"matplotlib", "safetensors", "wandb", "tensorboard", "pyarrow"}
-NOT_EVERYWHERE = {"fcntl", "readline", "resource"}  # modules of some operating systems
+EXTRAS = ("matplotlib", "safetensors", "wandb", "torch.utils.tensorboard", "pyarrow")
+NOT_EVERYWHERE = ("fcntl", "readline", "resource")  # modules of some operating systems
 # Start-up time: preparing a text and drawing losses need no torch, which takes a second and 200 MB;
 # only a download needs requests, which takes longer than all else that prepares Tiny Shakespeare.
 LAZY = {
@@ -130,9 +130,8 @@ def test_no_circles():
 def test_imports_stand_at_the_top(path):
     top = {id(node) for node in SOURCES[path].body}
     for node, name in imports(SOURCES[path]):
-        root = name.split(".")[0]
         is_lazy = any(path == p and name.startswith(n) for p, n in LAZY)
-        is_allowed = is_lazy or root in EXTRAS | NOT_EVERYWHERE
+        is_allowed = is_lazy or name.startswith((*EXTRAS, *NOT_EVERYWHERE))
         assert id(node) in top or is_allowed, f"line {node.lineno} imports {name} inside"
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from quill.data.tokenizers import code_points
-from quill.errors import InputError
+from quill.errors import InputError, needs_extra
 from quill.files import sha256_of_file, show_progress
 
 CHUNK_BYTES = 1 << 20
@@ -209,10 +209,8 @@ def _document(line: bytes) -> list:
 
 
 def _read_parquet(path: Path, show: Callable) -> Iterator[list]:
-    try:
+    with needs_extra("data"):
         from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise InputError(f"{error}; install the extra: pip install '.[data]'") from None
     with _open(path) as (file, raw):
         try:
             for rows in parquet.ParquetFile(file).iter_batches(ROWS_AT_ONCE, columns=["text"]):

@@ -2,8 +2,7 @@
 
 A dataset's meta.json and every checkpoint describe theirs completely. All three kinds have:
 
-    vocab_size                 ids are 0 .. vocab_size - 1
-    end_of_text                the id that ends a document; None where there is none
+    vocab_size, end_of_text    ids are below vocab_size; the id that ends a document, or None
     encode(text) -> ids        a one-dimensional array of ids; END_OF_TEXT in it is ordinary text
     parts(texts)               one text in pieces of any size -> parts that can be encoded apart
     decode_bytes(ids)          UTF-8; the bytes of a character may come from several tokens

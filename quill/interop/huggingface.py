@@ -15,7 +15,7 @@ import torch
 
 from model import GPT, GPTConfig
 from quill.data.tokenizers import END_OF_TEXT, Tokenizer
-from quill.errors import InputError
+from quill.errors import InputError, needs_extra
 from quill.files import atomic_write, file_lock
 from quill.interop import hf_tokenizers
 from quill.training import checkpoint
@@ -55,10 +55,8 @@ PRODUCER = {"format": "pt", "producer": "quill"}  # the metadata of each exporte
 
 
 def import_safetensors():
-    try:
+    with needs_extra("hf"):
         import safetensors.torch
-    except ImportError as error:
-        raise InputError(f"{error}; install the extra: pip install '.[hf]'") from None
     return safetensors
 
 
@@ -257,8 +255,7 @@ def to_llama(model: GPT) -> tuple[dict, dict[str, torch.Tensor]]:
 class TargetClass(NamedTuple):
     """A class of transformers, and the values that it can express of GPTConfig's fields.
 
-    A field named neither in `choices` nor in `ANY_VALUE` must have its default, so that a new
-    option of the model cannot be exported until it is listed here.
+    A field that is in neither `choices` nor `ANY_VALUE`, a new option say, must have its default.
     """
 
     name: str

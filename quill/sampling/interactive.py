@@ -71,22 +71,16 @@ def run(write: Callable[..., Iterator[str]], options) -> None:
     loop = PromptLoop(write, options)
     while True:
         try:
-            line = read_line(is_terminal)
+            line = input(PROMPT if is_terminal else "")
             if line.strip() == "/quit":
                 return
             loop.answer(line)
+        except EOFError:
+            print(end="\n" if is_terminal else "")
+            return
         except (InputError, RunError) as error:
             print_error(str(error))
         except KeyboardInterrupt:
             if not is_terminal:
                 raise
             print()
-
-
-def read_line(is_terminal: bool) -> str:
-    try:
-        return input(PROMPT if is_terminal else "")
-    except EOFError:
-        if is_terminal:
-            print()
-        return "/quit"

@@ -24,9 +24,7 @@ class SampleOptions:
     max_new_tokens: int = option(500, "tokens in each, beyond the prompt", min=0, max=10**9)
     temperature: float = option(0.8, "higher is more random; 0 takes the likeliest token", min=0)
     top_k: int = option(200, "sample from the k likeliest tokens; 0 from all", min=0)
-    top_p: float = option(
-        1.0, "sample from the likeliest tokens that reach p together", min=0, max=1
-    )
+    top_p: float = option(1.0, "sample from the likeliest tokens that sum to p", min=0, max=1)
     stop: str = option("", "end a text where this string appears; it is not printed")
     seed: int = option(1337, "same seed, same texts", min=0, max=2**32 - 1)
 
@@ -107,15 +105,8 @@ def sample_tokens(decoder: Decoder, ids, options: SampleOptions, first: int = 0)
     def uniform():
         return torch.tensor([rng.random(dtype=np.float32) for rng in rngs], device=device)
 
-    steps = generate(
-        decoder,
-        idx,
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        uniform=uniform,
-    )
+    cuts = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
+    steps = generate(decoder, idx, options.max_new_tokens, **cuts, uniform=uniform)
     for step in steps:
         tokens = step.tolist()
         if max(tokens) >= decoder.vocab_size:  # probabilities of NaN

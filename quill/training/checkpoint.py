@@ -1,8 +1,7 @@
 """Checkpoints: dicts of plain types and tensors, saved whole or not at all, verified on load.
 
-`ckpt.pt` holds everything that a resume needs, `best.pt` the weights with the lowest val loss.
-`torch.load(weights_only=True)` reads both. Such a file is a zip archive; its comment, at the very
-end, is the SHA-256 of the rest.
+`ckpt.pt` holds everything that a resume needs, `best.pt` the weights with the lowest val loss. Both
+are zip archives of torch.save; the archive's comment, at the very end, is the SHA-256 of the rest.
 """
 
 import dataclasses
@@ -250,8 +249,8 @@ class Progress:
         for name, value in vars(cls()).items():
             if type(getattr(progress, name)) is not type(value):
                 raise ValueError(f"progress.{name} has another type")
-        counts = [progress.step, progress.tokens, progress.stale_evaluations]
-        counts += progress.skipped_steps
+        counts = (progress.step, progress.tokens, progress.stale_evaluations)
+        counts += (*progress.skipped_steps,)
         is_possible = all(type(count) is int and 0 <= count < 2**62 for count in counts)
         if not is_possible or progress.step != saved["step"] or not math.isfinite(progress.seconds):
             raise ValueError(f"its progress is not possible: {progress}")

@@ -1,7 +1,7 @@
 """Several processes that train one model: what they exchange, and how they stop together.
 
-torchrun starts them and tells each its rank in environment variables. In a process that runs alone
-every function here does nothing. The processes of a run trust each other.
+torchrun starts them; environment variables give each its rank. A process that runs alone has world
+size 1, and these functions then do nothing. The processes of a run trust each other.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -151,11 +150,6 @@ def _is_first_failure() -> bool:
         return True
 
 
-def refuse_several_processes() -> None:
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError("this measures one process: run it without torchrun")
-
-
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
@@ -237,16 +231,6 @@ def sync_gradients(forward: torch.nn.Module, is_last: bool) -> None:
         forward.require_backward_grad_sync = is_last
     elif world_size() > 1:
         forward.set_requires_gradient_sync(is_last)
-
-
-def settle_ddp(forward: torch.nn.Module, loss: Callable) -> None:
-    """Make a backward pass of `loss()`, after which DDP keeps the layout of its gradients.
-
-    The layout decides in which order they are summed over three or more processes: without this
-    the first step after a resume would differ from the uninterrupted run in its last bits.
-    """
-    loss().backward()
-    forward.zero_grad()
 
 
 def shard_batch(offsets):

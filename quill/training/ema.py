@@ -11,9 +11,8 @@ from quill.training.distributed import to_local
 class EMA:
     """The average of a model's weights over the steps; with decay 0 there is none.
 
-    swa_utils.AveragedModel would make a copy of the module, which torch.compile would compile a
-    second time, and count its updates on the CPU, so that a decay that depends on the step would
-    wait for the device. Only its update rule is used.
+    Of swa_utils only the update rule is used: its AveragedModel copies the module, to be compiled a
+    second time, and a decay that depends on the step would make it wait for the device.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):

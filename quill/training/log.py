@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import importlib
 import json
 import math
 import os
@@ -12,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from quill.errors import InputError
+from quill.errors import InputError, needs_extra
 from quill.files import atomic_write
 from quill.training import devices, distributed
 from quill.training.checkpoint import Progress
@@ -63,18 +62,12 @@ class Logger:
             f"{record['ms_per_step']:.1f} ms/step, {record['tokens_per_s']:,.0f} tokens/s"
         )
         line += f", mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
-        line += (
-            f", {datetime.timedelta(seconds=round(to_go))} to go"
-            if self.n_laps > self.compiles
-            else ""
-        )
-        print(line, flush=True)
+        if self.n_laps > self.compiles:
+            line += f", {datetime.timedelta(seconds=round(to_go))} to go"
         if self.warns_if_slow and self.n_laps == 1 + self.compiles and to_go > SLOW_RUN_SECONDS:
-            print(
-                f"this will take about {to_go / 3600:.0f} h on this machine; "
-                "config/shakespeare_char_cpu.py is a model for one without a GPU",
-                flush=True,
-            )
+            line += f"\nthis will take about {to_go / 3600:.0f} h on this machine; "
+            line += "config/shakespeare_char_cpu.py is a model for one without a GPU"
+        print(line, flush=True)
 
     def skipped(self, step: int, n_skipped: int, n_allowed: int) -> None:
         """An update that was not made, because its loss or gradient was not finite."""
@@ -82,19 +75,15 @@ class Logger:
         print(f"step {step}: not finite, update skipped ({n_skipped} of {n_allowed})", flush=True)
 
     def done(self, progress: Progress) -> None:
-        print(
-            f"done after step {progress.step}, best val loss {progress.best_val_loss:.4f}; "
-            f"next: python sample.py --out_dir={shlex.quote(str(self.out_dir))}",
-            flush=True,
-        )
+        best = f"best val loss {progress.best_val_loss:.4f}"
+        command = f"python sample.py --out_dir={shlex.quote(str(self.out_dir))}"
+        print(f"done after step {progress.step}, {best}; next: {command}", flush=True)
 
     def stopped(self, progress: Progress, signal_number: int) -> None:
         command = "python" if distributed.world_size() == 1 else "torchrun ..."
-        print(
-            f"{signal.Signals(signal_number).name}: saved after step {progress.step}; go on with: "
-            f"{command} train.py --out_dir={shlex.quote(str(self.out_dir))} --init_from=resume",
-            flush=True,
-        )
+        command += f" train.py --out_dir={shlex.quote(str(self.out_dir))} --init_from=resume"
+        name = signal.Signals(signal_number).name
+        print(f"{name}: saved after step {progress.step}; go on with: {command}", flush=True)
 
     def close(self) -> None:
         if self.file is not None:
@@ -169,10 +158,8 @@ def run_summary(run) -> str:
         f"model: {run.model.n_parameters():,} parameters on {each}"
         f"{devices.describe(run.device)}, {str(run.dtype).removeprefix('torch.')}",
     ]
-    if data.train.n_cut:
-        lines.append(
-            f"{data.train.n_cut:,} pairs are longer than block_size={config.block_size} and cut"
-        )
+    if n_cut := data.train.n_cut:
+        lines.append(f"{n_cut:,} pairs are longer than block_size={config.block_size} and cut")
     if run.owns_checkpoint:
         lines.append(f"resuming after step {run.progress.step} of {config.max_iters}")
     return "\n".join(lines)
@@ -248,20 +235,16 @@ class TensorboardDashboard:
 
 
 def _open_dashboards(out_dir: Path, config: dict, resumed: Progress | None) -> list:
-    """Import all first, so that a missing extra is an error before anything is written."""
-    wandb = _import_extra("wandb") if config["wandb_log"] else None
-    tensorboard = _import_extra("torch.utils.tensorboard") if config["tensorboard_log"] else None
+    """Imports all first, so that a missing extra is an error before anything is written."""
+    with needs_extra("track"):
+        if config["wandb_log"]:
+            import wandb
+        if config["tensorboard_log"]:
+            import torch.utils.tensorboard as tensorboard
     dashboards: list = []
-    if wandb is not None:
+    if config["wandb_log"]:
         dashboards.append(WandbDashboard(wandb, out_dir, config))
-    if tensorboard is not None:
+    if config["tensorboard_log"]:
         folder = out_dir / "tensorboard"
         dashboards.append(TensorboardDashboard(tensorboard, folder, config, resumed))
     return dashboards
-
-
-def _import_extra(name: str):
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise InputError(f"{error}; install the extra: pip install '.[track]'") from None

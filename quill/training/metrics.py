@@ -9,8 +9,8 @@ from quill.data.dataset import IGNORE_INDEX
 def count_answers(logits, targets):
     """logits (B, T, V), targets (B, T) -> how many answers there are, and how many are right.
 
-    An answer is a run of targets that carry loss. It is right when each of them scores highest
-    given the right ones before it, which is what greedy decoding would write. A tensor of two.
+    An answer is a run of targets that carry loss, right when each scores highest given the right
+    ones before it: what greedy decoding would write. A tensor of two.
     """
     counts = targets != IGNORE_INDEX
     begins = counts & ~F.pad(counts, (1, 0))[:, :-1]

@@ -9,8 +9,7 @@ from torch import nn
 from model import GPT, GPTConfig, cross_entropy
 from quill.errors import InputError
 
-# More than any model has, and no more than a small checkpoint may claim: the table of rotary
-# positions is built from block_size, and is not in the file.
+# More than any model has. A small checkpoint may not claim more: the rotary table is not in it.
 MAX_BLOCK_SIZE = 2**24
 
 
@@ -74,15 +73,12 @@ def config_to_dict(config: GPTConfig | BigramConfig) -> dict:
 
 def config_from_dict(values: dict) -> GPTConfig | BigramConfig:
     """Undoes `config_to_dict`. Raises TypeError or ValueError where it is not such a dict."""
-    fields = {name: value for name, value in values.items() if name != "model"}
     kind = values.get("model", "gpt")  # older checkpoints do not say it
-    if kind == "gpt":
-        return GPTConfig(**fields)
-    if kind != "bigram":
+    if kind not in ("gpt", "bigram"):
         raise ValueError(f"model={kind!r} is neither 'gpt' nor 'bigram'")
-    # GPTConfig checks the two numbers; older checkpoints have all of its fields.
-    checked = GPTConfig(block_size=fields["block_size"], vocab_size=fields["vocab_size"])
-    return BigramConfig(checked.block_size, checked.vocab_size)
+    # Which checks the values; in older checkpoints a bigram has all of these fields.
+    config = GPTConfig(**{name: value for name, value in values.items() if name != "model"})
+    return config if kind == "gpt" else BigramConfig(config.block_size, config.vocab_size)
 
 
 def count_parameters(config: GPTConfig | BigramConfig) -> int:

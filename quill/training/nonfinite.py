@@ -52,8 +52,7 @@ class NonFiniteGuard:
 class LossScaler(torch.amp.GradScaler):
     """Scales the loss for float16, whose range is too small for gradients. Micikevicius 2018.
 
-    Unlike its parent it has a step made again when its gradients overflowed: left out, it would
-    make max_iters another number than that of the updates.
+    A step whose gradients overflowed is made again, not left out: max_iters counts updates.
     """
 
     def prepare_retry(self, loss, grad_norm, optimizers: list, set_to_none: bool) -> bool:

@@ -23,12 +23,7 @@ class OptimizerOptions:
     beta2: float = option(0.95, "AdamW's decay of the mean squared gradient", min=0, max=0.9999)
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 does not clip", min=0)
     skip_nonfinite: int = option(0, "updates to skip if not finite, at most", min=0, max=10**4)
-    average_decay: float = option(
-        0.0,
-        "evaluate and save in best.pt an average of the weights; 0: none",
-        min=0,
-        max=0.99999,
-    )
+    average_decay: float = option(0.0, "evaluate averaged weights; 0: none", min=0, max=0.99999)
     decay_lr: bool = option(True, "false keeps the learning rate constant")
     lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = option(
         "cosine", "decay after warm-up; wsd: constant, then linear; constant: neither"

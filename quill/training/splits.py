@@ -37,15 +37,9 @@ def open_splits(name: str, block_size: int, device: torch.device) -> Splits:
             f"{folder / 'meta.json'}: vocab_size={meta.vocab_size}, but its tokenizer has "
             f"{tokenizer.vocab_size}; prepare the dataset again"
         )
+    sizes = (meta.vocab_size, block_size, device)
     train, val = (
-        Split(
-            bins[split],
-            bins.get(f"{split}.mask"),
-            meta.vocab_size,
-            block_size,
-            device,
-            folder / f"{split}.bin",
-        )
-        for split in dataset_files.SPLITS
+        Split(bins[s], bins.get(f"{s}.mask"), *sizes, folder / f"{s}.bin")
+        for s in dataset_files.SPLITS
     )
     return Splits(meta, tokenizer, train, val, reverses_answers(meta.tokenizer))

@@ -1,8 +1,7 @@
 """State dicts with full tensors, whatever the number of processes.
 
-All processes call these functions, and what is saved is the same as in a run of one process. They
-are apart from checkpoint.py because sampling needs no torch.distributed, which takes a second to
-import.
+All processes call these functions, and save what a run of one process would. They are apart from
+checkpoint.py because sampling needs no torch.distributed, which takes a second to import.
 """
 
 from pathlib import Path
@@ -33,10 +32,7 @@ def model_state_dict(model: torch.nn.Module) -> dict:
 
 
 def training_state(optimizers: list, ema: EMA, scaler: LossScaler) -> dict:
-    """What a resume needs beside the weights.
-
-    No random state is among it: each step derives its own from (seed, step).
-    """
+    """What a resume needs beside the weights; each step derives its random state anew."""
     return {
         "optimizers": [full_tensors(optimizer.state_dict()) for optimizer in optimizers],
         "average": full_tensors(ema.average),
@@ -62,8 +58,10 @@ def load_training_state(
         progress = Progress.from_checkpoint(saved)
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             load_optimizer_state(optimizer, state, has_stepped=progress.step > 0)
+        if not all(type(x) in (int, float) and x >= 0 for x in saved["scaler"].values()):
+            raise ValueError("its loss scale is not usable")
         if scaler.is_enabled():
-            load_scaler_state(scaler, saved["scaler"])
+            scaler.load_state_dict(saved["scaler"])
         guard.restore(progress.skipped_steps)
     except MISFITS as error:
         if is_out_of_memory(error):
@@ -124,9 +122,3 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict, has_step
     }
     present = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": present})
-
-
-def load_scaler_state(scaler: torch.amp.GradScaler, saved: dict) -> None:
-    if not all(type(value) in (int, float) and value >= 0 for value in saved.values()):
-        raise ValueError("its loss scale is not usable")
-    scaler.load_state_dict(saved)
