@@ -42,7 +42,7 @@ from quill.training.splits import Splits, open_splits
 # ---- options -----------------------------------------------------------------------------------
 
 # n_layer, block_size and so on: the fields of GPTConfig, but for vocab_size, which the dataset
-# decides. As in nanoGPT, a training run has no biases unless it is told to.
+# decides. As in nanoGPT, bias is off unless it is asked for.
 ModelOptions = settings.options_of(GPTConfig, leave_out=("vocab_size",), bias=False)
 
 

@@ -129,7 +129,7 @@ class Split:
 
 
 def copy_to(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
-    """Pinned memory is copied to a CUDA device while the program goes on."""
+    """Pinned memory is copied to a CUDA device while the program continues."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

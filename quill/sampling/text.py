@@ -110,7 +110,7 @@ def sample_tokens(decoder: Decoder, ids, options: SampleOptions, first: int = 0)
     for step in steps:
         tokens = step.tolist()
         if max(tokens) >= decoder.vocab_size:  # probabilities of NaN
-            raise RunError("the model's scores are not finite: choose a sounder checkpoint")
+            raise RunError("the model's scores are not finite: choose another checkpoint")
         yield tokens
 
 

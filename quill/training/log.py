@@ -83,7 +83,7 @@ class Logger:
         command = "python" if distributed.world_size() == 1 else "torchrun ..."
         command += f" train.py --out_dir={shlex.quote(str(self.out_dir))} --init_from=resume"
         name = signal.Signals(signal_number).name
-        print(f"{name}: saved after step {progress.step}; go on with: {command}", flush=True)
+        print(f"{name}: saved after step {progress.step}; resume with: {command}", flush=True)
 
     def close(self) -> None:
         if self.file is not None:
