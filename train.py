@@ -145,10 +145,6 @@ def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | No
     if weights is not None:
         state_dict.load_model_state_dict(model, weights)
     flops_per_token = model.flops_per_token() / distributed.world_size()  # of this process
-    peak_flops = devices.peak_flops(device, dtype)
-    # A CUDA graph writes its gradients to the same memory at each replay, so they are added to
-    # zeroed tensors of our own instead of becoming the gradients.
-    has_graphs = compile_mode == "reduce-overhead"
     run = Run(
         config=config,
         device=device,
@@ -161,8 +157,10 @@ def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | No
         scaler=LossScaler(device.type, enabled=dtype == torch.float16),
         ema=EMA(model, config.average_decay),
         guard=NonFiniteGuard(config, device),
-        timer=StepTimer(config.tokens_per_step, flops_per_token, peak_flops),
-        set_to_none=not has_graphs,
+        timer=StepTimer(config.tokens_per_step, flops_per_token, devices.peak_flops(device, dtype)),
+        # A CUDA graph writes its gradients to the same memory at each replay, so they are added to
+        # zeroed tensors of our own instead of becoming the gradients.
+        set_to_none=compile_mode != "reduce-overhead",
         progress=Progress(),
     )
     if saved is not None:
@@ -170,15 +168,20 @@ def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | No
         path = Path(config.out_dir, checkpoint.LATEST)
         run.progress = state_dict.load_training_state(saved, path, *parts)
         run.owns_checkpoint = True
-    if has_graphs:
-        for p in model.parameters():
+    prepare_gradients(run)
+    return run
+
+
+def prepare_gradients(run: Run) -> None:
+    """Bring them into the state that they have between the steps of a longer run."""
+    if not run.set_to_none:
+        for p in run.model.parameters():
             p.grad = torch.zeros_like(p)
-    if distributed.world_size() > 1 and config.parallel == "ddp":
+    if distributed.world_size() > 1 and run.config.parallel == "ddp":
         # DDP orders its gradients anew after the first backward pass, and they are then summed in
         # another order: without this pass the first step after a resume would round differently.
         loss_sum(run, get_micro_batches(run, 0)[0]).backward()
-        model.zero_grad()
-    return run
+        run.model.zero_grad()
 
 
 # ---- evaluation --------------------------------------------------------------------------------
@@ -357,8 +360,7 @@ def evaluate(run: Run) -> dict:
     """The record of an evaluation: the step, its metrics, and a sample on rank 0 if wanted."""
     record = {"step": run.progress.step, **estimate_loss(run)}
     if not all(map(math.isfinite, record.values())):
-        text = evaluation_text(record)
-        raise RunError(f"{text}: not finite, nothing saved; lower learning_rate")
+        raise RunError(f"{evaluation_text(record)}: not finite, nothing saved; lower learning_rate")
     if run.config.sample_at_eval and distributed.is_main():
         record["sample"] = sample_text(run)
     return record

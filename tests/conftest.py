@@ -13,6 +13,7 @@ import torch
 from helpers import SCRIPTS
 
 from quill import errors
+from quill.data import problems
 
 
 def pytest_addoption(parser):
@@ -76,4 +77,13 @@ def tiny(folder, text, call) -> Path:
     """A working folder with the dataset `tiny`, by character."""
     (folder / "text.txt").write_bytes(text.encode())
     assert call("prepare", "tiny", "--input=text.txt")[0] == 0
+    return folder
+
+
+@pytest.fixture
+def sums(folder, call, monkeypatch) -> Path:
+    """A working folder with the sums of single digits."""
+    monkeypatch.setattr(problems, "SUM_DIGITS", 1)
+    monkeypatch.setattr(problems, "N_SUMS_HELD_OUT", 20)
+    assert call("prepare", "addition")[0] == 0
     return folder

@@ -56,8 +56,7 @@ class Split:
         self.examples = self.starts, ends
         if len(ends) == 0:
             raise InputError(f"{self.path}: none of its tokens carries loss; prepare it again")
-        n_prompt = int(np.argmax(self.mask[: ends[0]] != 0))
-        self.prompt = self.ids[: max(1, n_prompt)]
+        self.prompt = self.ids[: max(1, int(np.argmax(self.mask[: ends[0]] != 0)))]
 
     def __len__(self) -> int:
         return len(self.ids)

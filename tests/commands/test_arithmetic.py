@@ -19,15 +19,6 @@ from quill.training.metrics import count_answers
 from quill.training.models import Bigram, BigramConfig
 
 
-@pytest.fixture
-def sums(folder, call, monkeypatch) -> Path:
-    """A working folder with the sums of single digits."""
-    monkeypatch.setattr(problems, "SUM_DIGITS", 1)
-    monkeypatch.setattr(problems, "N_SUMS_HELD_OUT", 20)
-    assert call("prepare", "addition")[0] == 0
-    return folder
-
-
 def tiny_on(name: str) -> list[str]:
     return [flag for flag in TINY if not flag.startswith("--dataset")] + [f"--dataset={name}"]
 

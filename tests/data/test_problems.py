@@ -17,15 +17,6 @@ from hypothesis import strategies as st
 from quill.data import dataset_files, problems, tokenizers
 
 
-@pytest.fixture
-def sums(folder, call, monkeypatch) -> Path:
-    """A working folder with the sums of single digits."""
-    monkeypatch.setattr(problems, "SUM_DIGITS", 1)
-    monkeypatch.setattr(problems, "N_SUMS_HELD_OUT", 20)
-    assert call("prepare", "addition")[0] == 0
-    return folder
-
-
 def test_every_sum_is_train_or_val_in_both_orders(monkeypatch):
     monkeypatch.setattr(problems, "N_SUMS_HELD_OUT", 500)
     monkeypatch.setattr(problems, "SUM_DIGITS", 2)
