@@ -191,8 +191,8 @@ def to_local(tensor):
 
 
 def shard_like(tensor, like):
-    """A full tensor, on like's device and sharded as it is; every process has the full one."""
-    tensor = tensor.to(like.device)
+    """A copy of a full tensor, which every process has, on like's device and sharded as it is."""
+    tensor = tensor.to(like.device, copy=True)  # the original may be a memory-mapped file
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
