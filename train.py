@@ -63,8 +63,8 @@ class TrainConfig(OptimizerOptions, ModelOptions):
         "run, of nanoGPT, of Hugging Face",
     )
     eval_interval: int = option(2000, "steps between evaluations", min=1)
-    eval_iters: int = option(200, "windows of the train or a large val split", min=1, max=10**6)
-    sample_at_eval: int = option(0, "tokens to generate at each evaluation", min=0, max=10**6)
+    eval_iters: int = option(200, "windows for train loss, and for a large val", min=1, max=10**6)
+    sample_at_eval: int = option(0, "tokens to sample per evaluation; 0: none", min=0, max=10**6)
     eval_only: bool = option(False, "evaluate once, print and stop; writes nothing")
     log_interval: int = option(1, "steps between log lines", min=1)
     always_save_checkpoint: bool = option(True, "save ckpt.pt also when val loss did not improve")
