@@ -19,6 +19,9 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+MAX_LOGITS = 2**27  # in float32 at once, to compute a loss: 0.5 GB
 
 
 def option(default, help: str, **bounds):
@@ -84,7 +87,7 @@ class Norm(nn.Module):
 
     def forward(self, x):
         if self.is_rms:
-            return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-5)
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-5)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, eps=1e-5)
 
 
@@ -100,6 +103,12 @@ def rotate(x, rotary):
     """Rotate channel pairs (i, i + hs/2) of x (B, T, heads, hs) by their position's angles."""
     cos, sin = rotary.to(x.dtype)[:, :, None]  # (T, 1, hs) each
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin  # roll swaps the halves
+
+
+def product_dtype(x) -> torch.dtype:
+    """The dtype of matrix products of x: that of autocast where it is on, else that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def attention_dtype(x, on_cpu: torch.dtype = torch.float32) -> torch.dtype:
@@ -219,8 +228,27 @@ def cross_entropy(logits, targets, reduction: str):
     """logits (B, T, V), targets (B, T), -1 where nothing is to be predicted -> nats, or None."""
     if targets is None:
         return None
-    scores, targets = logits.flatten(0, 1).float(), targets.flatten()
+    scores, targets = logits.flatten(0, -2).float(), targets.flatten()
     return F.cross_entropy(scores, targets, ignore_index=-1, reduction=reduction)
+
+
+def chunked_cross_entropy(head, x, targets, reduction: str, vocab_size: int):
+    """cross_entropy(head(x), ...) without all logits in memory, for a head from (B, T, C) on.
+
+    The float32 logits of 32 x 1,024 tokens of GPT-2 take 6.6 GB, and their gradient as much. With
+    torch.compile they are never in memory; else chunks of them are, made anew for each pass.
+    """
+
+    def loss_of(x, targets, reduction="sum"):
+        return cross_entropy(head(x), targets, reduction)
+
+    n_rows = max(1, MAX_LOGITS // vocab_size)
+    if torch.compiler.is_compiling() or targets.numel() <= n_rows:
+        return loss_of(x, targets, reduction)
+    parts = zip(x.flatten(0, 1).split(n_rows), targets.flatten().split(n_rows), strict=True)
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    loss = sum(checkpoint(loss_of, *part, **options) for part in parts)
+    return loss / (targets != -1).sum() if reduction == "mean" else loss
 
 
 class GPT(nn.Module):
@@ -272,11 +300,14 @@ class GPT(nn.Module):
         else:
             nn.init.zeros_(self.lm_head.weight)
 
-    def forward(self, idx, targets=None, *, reduction="mean", cache=None, last_only=False):
+    def forward(
+        self, idx, targets=None, *, reduction="mean", loss_only=False, cache=None, last_only=False
+    ):
         """idx (B, T) int64 -> logits (B, T, V), loss.
 
         targets: (B, T), the token after each; -1 is ignored. Without them the loss is None.
         reduction: "mean" over the targets that count, or their "sum", in nats.
+        loss_only: the logits are None, and those of a large vocabulary never in memory.
         cache: idx continues what the cache has read, which it is appended to.
         last_only: logits of the last position alone, (B, 1, V).
         """
@@ -289,15 +320,22 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe.weight[positions]
         else:
             rotary = self.rotary[:, positions]
-        x = self.transformer.drop(x)
+        x = self.transformer.drop(x).to(product_dtype(x))
         for block in self.transformer.h:
             x = block(x, rotary, cache)
         if cache is not None:
             cache.advance(T)
         if last_only:
             x = x[:, -1:]
-        logits = self.lm_head(self.transformer.ln_f(x))
+        if loss_only:
+            vocab_size = self.config.vocab_size
+            return None, chunked_cross_entropy(self.head, x, targets, reduction, vocab_size)
+        logits = self.head(x)
         return logits, cross_entropy(logits, targets, reduction)
+
+    def head(self, x):
+        """What the last block made of the tokens, (B, T, C) -> logits (B, T, V)."""
+        return self.lm_head(self.transformer.ln_f(x))
 
     def new_cache(self, batch_size: int) -> "KVCache":
         return KVCache(self, batch_size)
@@ -340,34 +378,35 @@ class GPT(nn.Module):
 class KVCache:
     """Keys and values of the tokens a model has read, preallocated for block_size tokens.
 
-    k, v: (n_layer, B, nh, block_size, hs), of which the first `n_tokens` positions are filled.
+    k, v: of each layer (B, nh, block_size, hs), of which the first `n_tokens` positions are filled.
     """
 
     def __init__(self, model: GPT, batch_size: int):
         config, weight = model.config, next(model.parameters())
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.head_size)
-        self.k = torch.zeros(shape, device=weight.device, dtype=attention_dtype(weight))
-        self.v = torch.zeros_like(self.k)
+        shape = (batch_size, config.n_head, config.block_size, config.head_size)
+        options = {"device": weight.device, "dtype": attention_dtype(weight)}
+        self.k = [torch.zeros(shape, **options) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, **options) for _ in range(config.n_layer)]
         self.n_tokens = 0
 
     def positions(self, T: int):
         """The index of the next T tokens' positions."""
-        assert self.n_tokens + T <= self.k.size(3), "longer than block_size"
+        assert self.n_tokens + T <= self.k[0].size(2), "longer than block_size"
         return slice(self.n_tokens, self.n_tokens + T)
 
     def append(self, layer: int, k, v):
         """Store the new (B, nh, T, hs) and return all keys and values of `layer` up to them."""
         new = self.positions(k.size(2))
-        self.k[layer, :, :, new] = k
-        self.v[layer, :, :, new] = v
-        return self.k[layer, :, :, : new.stop], self.v[layer, :, :, : new.stop]
+        self.k[layer][:, :, new] = k
+        self.v[layer][:, :, new] = v
+        return self.k[layer][:, :, : new.stop], self.v[layer][:, :, : new.stop]
 
     def mask(self, T: int):
         """Which keys each of T new tokens may attend to, (T, n); None where no mask is needed."""
         if T == 1 or self.n_tokens == 0:  # a single token attends to all; a first read is_causal
             return None
         past = self.n_tokens
-        return torch.ones(T, past + T, dtype=torch.bool, device=self.k.device).tril(past)
+        return torch.ones(T, past + T, dtype=torch.bool, device=self.k[0].device).tril(past)
 
     def advance(self, T: int) -> None:
         self.n_tokens += T

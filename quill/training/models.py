@@ -31,7 +31,9 @@ class Bigram(nn.Module):
         self.table = nn.Embedding(config.vocab_size, config.vocab_size)
         nn.init.zeros_(self.table.weight)  # the first loss is ln(V)
 
-    def forward(self, idx, targets=None, *, reduction="mean", cache=None, last_only=False):
+    def forward(
+        self, idx, targets=None, *, reduction="mean", loss_only=False, cache=None, last_only=False
+    ):
         logits = self.table(idx[:, -1:] if last_only else idx)  # (B, T, V)
         return logits, cross_entropy(logits, targets, reduction)
 

@@ -214,8 +214,8 @@ def test_the_worked_diff_applies_and_its_test_passes(monkeypatch):
         title, *lines = part.splitlines()
         path = title.split(",")[0]
         text = changed.get(path) or (REPO / path).read_text("utf-8")
-        before = "".join(f"{line[1:]}\n" for line in lines if line[0] == " ")
-        after = "".join(f"{line[1:]}\n" for line in lines)
+        before = "".join(f"{line[1:]}\n" for line in lines if line[0] in " -")
+        after = "".join(f"{line[1:]}\n" for line in lines if line[0] in " +")
         assert before == "" or text.count(before) == 1
         changed[path] = text.replace(before, after) if before else f"{text}\n\n{after}"
     monkeypatch.delitem(sys.modules, "helpers")  # it will import the changed model

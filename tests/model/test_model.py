@@ -20,7 +20,8 @@ from model import (
     logits_to_probs,
     sample,
 )
-from quill.sampling.decoder import Decoder, FixedKVCache
+from quill.sampling.decoder import Decoder
+from quill.sampling.window import FixedKVCache
 
 
 @VARIANTS
@@ -86,6 +87,57 @@ def test_ignored_targets_carry_no_loss():
     assert torch.allclose(total, model(idx, targets)[1] * 8)
     nothing = model(idx, torch.full_like(targets, -1), reduction="sum")[1]
     assert nothing.item() == 0
+
+
+@given(st.integers(1, 20), st.sampled_from(["mean", "sum"]), st.data())
+def test_a_loss_in_chunks_is_that_of_all_logits_at_once(n_rows, reduction, data):
+    model = tiny_model(CLASSIC)
+    idx = random_ids(2, 8)
+    targets = torch.tensor(data.draw(st.lists(st.integers(-1, 10), min_size=16, max_size=16)))
+    targets[0] = 3  # one that counts, for a mean
+    results = []
+    for max_logits in (2**27, n_rows * 11):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("model.MAX_LOGITS", max_logits)
+            model.zero_grad()
+            logits, loss = model(idx, targets.view(2, 8), reduction=reduction, loss_only=True)
+            loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        results.append((loss.item(), gradient))
+        assert logits is None
+        assert loss.item() == pytest.approx(
+            model(idx, targets.view(2, 8), reduction=reduction)[1].item(), rel=1e-6
+        )
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    assert torch.allclose(results[0][1], results[1][1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_loss_in_chunks_keeps_no_logits_for_the_backward_pass(monkeypatch):
+    monkeypatch.setattr("model.MAX_LOGITS", 4 * 1000)
+    model, idx = tiny_model(CLASSIC, vocab_size=1000), random_ids(2, 8)
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        _, loss = model(idx, idx, loss_only=True)
+    n_weights = model.lm_head.weight.numel()
+    assert max(n for n in saved if n != n_weights) < 4 * 1000
+    loss.backward()
+
+
+def test_under_autocast_the_residual_stream_has_its_dtype():
+    """Half the bytes; parameters, norms' statistics and the loss stay float32."""
+    model, dtypes = tiny_model(MODERN), []
+    for block in model.transformer.h:
+        block.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, loss = model(random_ids(2, 8), random_ids(2, 8))
+    assert dtypes == [torch.bfloat16] * 2 and loss.dtype == torch.float32
+    model(random_ids(2, 8))
+    assert dtypes[2:] == [torch.float32] * 2
 
 
 def test_classic_names_are_gpt2s():
