@@ -14,7 +14,7 @@ import torch
 
 from model import GPT, GPTConfig
 from quill.data import dataset_files
-from quill.sampling.decoder import FixedKVCache
+from quill.sampling.window import FixedKVCache
 from quill.training.checkpoint import checksum_comment, load_checkpoint
 from sample import SEPARATOR
 
@@ -31,7 +31,7 @@ TINY = [
     ),
     *("--block_size=16", "--batch_size=4", "--gradient_accumulation_steps=2"),
     *("--max_iters=6", "--eval_interval=3", "--eval_iters=3", "--warmup_iters=2"),
-    "--learning_rate=1e-2",
+    *("--learning_rate=1e-2", "--checkpoint_seconds=0"),
 ]
 
 

@@ -17,7 +17,7 @@ TOP_LEVEL = {
 }
 # A module may import from rooms with a lower number, and from its own room.
 GROUND = ("errors", "files", "startup", "settings")
-ROOMS = {"data": 1, "training": 2, "sampling": 2, "interop": 3, "views": 4}
+ROOMS = {"data": 1, "training": 2, "sampling": 3, "interop": 3, "views": 4}
 TOP_ROOM = 5  # the commands and scripts
 
 READING_PATH = {

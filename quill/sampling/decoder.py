@@ -1,72 +1,58 @@
-"""A model made ready for `model.generate`: without padding tokens, and with the fastest kernels."""
+"""`model.generate`, faster, and without the padding tokens of a vocabulary."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 
 import torch
 
-from model import KVCache
+from model import GPT, KVCache, generate
+from quill.sampling.window import TOKENS_PER_READ, Window, fast_kernels
 
 
 class Decoder:
-    """Stands in for the model in `generate`, with logits of the tokenizer's tokens alone.
+    """Continues texts as `model.generate` does, token for token, by the fastest kernels.
 
     vocab_size: ids from here on are padding of the vocabulary, and never sampled.
-    compiled: compile the step that reads one token; on CUDA it becomes the replay of a graph.
+    compiled: compile the step that adds a token to each text.
     """
 
     def __init__(self, model: torch.nn.Module, vocab_size: int, compiled: bool = False):
         self.model, self.config, self.vocab_size = model, model.config, vocab_size
-        self.compiled = None
-        if compiled:
-            self.compiled = torch.compile(model, mode="reduce-overhead", dynamic=False)
+        self.is_fixed = isinstance(model, GPT) and (compiled or next(model.parameters()).is_cuda)
+        make_window = functools.partial(Window, model, vocab_size, compiled)
+        self.window_for = functools.lru_cache(maxsize=1)(make_window)  # what it recorded can serve
+
+    def generate(
+        self,
+        idx,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        uniform: Callable[[int], torch.Tensor] | None = None,
+    ) -> Iterator[list[int]]:
+        """Continue idx (B, T), T >= 1; yields lists of B new tokens, one for each text.
+
+        uniform: called with n for the (n, B) numbers in [0, 1) that choose the next n tokens, of
+        which the last call's may be too many; torch.rand if None.
+        """
+        B, cuts = idx.size(0), {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        uniform = uniform or (lambda n: torch.rand(n, B))
+        if self.is_fixed:
+            yield from self.window_for(B, **cuts).generate(idx, max_new_tokens, uniform)
+        else:
+            rows = (row for n in itertools.repeat(TOKENS_PER_READ) for row in uniform(n))
+            numbers = (row.to(idx.device) for row in rows)
+            for new in generate(self, idx, max_new_tokens, **cuts, uniform=numbers.__next__):
+                yield new.tolist()
 
     def new_cache(self, batch_size: int) -> KVCache | None:
-        cache = self.model.new_cache(batch_size)
-        if self.compiled is None or cache is None:
-            return cache
-        return FixedKVCache(self.model, batch_size)
+        return self.model.new_cache(batch_size)
 
     def __call__(self, idx, *, cache, last_only: bool):
-        """idx (B, T) -> logits (B, T or 1, vocab_size), None"""
-        model = self.model
-        if self.compiled is not None and idx.size(1) == 1:
-            model = self.compiled
-        # For a single token oneDNN would rearrange the bfloat16 weights, which takes longer than
-        # the matrix-vector products themselves; PyTorch's own kernel does not.
-        has_onednn = torch.backends.mkldnn.enabled
-        torch.backends.mkldnn.enabled = has_onednn and idx.numel() > 1
-        try:
-            logits, _ = model(idx, cache=cache, last_only=last_only)
-        finally:
-            torch.backends.mkldnn.enabled = has_onednn
+        """Stands in for the model in `model.generate`: logits (B, T or 1, vocab_size), None."""
+        with fast_kernels(idx.numel()):
+            logits, _ = self.model(idx, cache=cache, last_only=last_only)
         return logits[..., : self.vocab_size], None
-
-
-class FixedKVCache(KVCache):
-    """A cache whose shapes and Python values never change, so that a step is compiled only once.
-
-    The tensor `end` replaces n_tokens; a token attends to all block_size slots, later ones masked.
-    """
-
-    def __init__(self, model: torch.nn.Module, batch_size: int):
-        super().__init__(model, batch_size)
-        self.slots = torch.arange(self.k.size(3), device=self.k.device)
-        self.end = torch.zeros((), dtype=torch.int64, device=self.k.device)
-        for tensor in (self.k, self.v, self.slots, self.end):
-            torch._dynamo.mark_static_address(tensor)  # CUDA graphs need it
-
-    def positions(self, T: int):
-        return self.end + self.slots[:T]
-
-    def append(self, layer: int, k, v):
-        new = self.positions(k.size(2))
-        self.k[layer].index_copy_(2, new, k.to(self.k.dtype))
-        self.v[layer].index_copy_(2, new, v.to(self.v.dtype))
-        return self.k[layer], self.v[layer]
-
-    def mask(self, T: int):
-        return self.slots <= self.positions(T)[:, None]  # (T, block_size)
-
-    def advance(self, T: int) -> None:
-        self.end += T
-
-    def clear(self) -> None:
-        self.end.zero_()

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model import generate
 from quill.data import tokenizers
 from quill.data.problems import plain_answer
 from quill.errors import InputError, RunError
@@ -102,13 +101,12 @@ def sample_tokens(decoder: Decoder, ids, options: SampleOptions, first: int = 0)
     idx = torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(device).expand(n, -1)
     rngs = [np.random.default_rng([options.seed, i]) for i in range(first, first + n)]
 
-    def uniform():
-        return torch.tensor([rng.random(dtype=np.float32) for rng in rngs], device=device)
+    def uniform(n_tokens: int):
+        rows = [rng.random(n_tokens, dtype=np.float32) for rng in rngs]
+        return torch.from_numpy(np.stack(rows, axis=1))
 
     cuts = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
-    steps = generate(decoder, idx, options.max_new_tokens, **cuts, uniform=uniform)
-    for step in steps:
-        tokens = step.tolist()
+    for tokens in decoder.generate(idx, options.max_new_tokens, **cuts, uniform=uniform):
         if max(tokens) >= decoder.vocab_size:  # probabilities of NaN
             raise RunError("the model's scores are not finite: choose another checkpoint")
         yield tokens
