@@ -30,13 +30,21 @@ from quill.sampling.text import SampleOptions, stream_text
 from quill.settings import DType, option
 from quill.training import checkpoint, devices, distributed, state_dict
 from quill.training.checkpoint import Progress
-from quill.training.checks import check_memory, check_processes, check_resume, check_start
+from quill.training.checks import (
+    check_memory,
+    check_processes,
+    check_resume,
+    check_start,
+    pick_cuda_graph,
+)
+from quill.training.cuda_graph import Recorded
 from quill.training.ema import EMA
 from quill.training.log import Logger, NullLogger, StepTimer, evaluation_text
 from quill.training.metrics import count_answers
 from quill.training.models import Bigram, build, config_from_options, config_to_dict
 from quill.training.nonfinite import LossScaler, NonFiniteGuard
 from quill.training.optimizers import OptimizerOptions, get_lr, make_optimizers, set_lr
+from quill.training.saving import Saver
 from quill.training.splits import Splits, open_splits
 
 # ---- options -----------------------------------------------------------------------------------
@@ -67,6 +75,7 @@ class TrainConfig(OptimizerOptions, ModelOptions):
     sample_at_eval: int = option(0, "tokens to sample per evaluation; 0: none", min=0, max=10**6)
     eval_only: bool = option(False, "evaluate once, print and stop; writes nothing")
     log_interval: int = option(1, "steps between log lines", min=1)
+    checkpoint_seconds: float = option(180.0, "between saves, at evaluations; 0: at each", min=0)
     always_save_checkpoint: bool = option(True, "save ckpt.pt also when val loss did not improve")
     patience: int = option(0, "stop after so many evaluations without a new best; 0 never", min=0)
     wandb_log: bool = option(False, "log to Weights & Biases (needs the 'track' extra)")
@@ -83,8 +92,11 @@ class TrainConfig(OptimizerOptions, ModelOptions):
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: DType = option("auto", "dtype of matrix products")
     compile: bool | Literal["auto"] = option("auto", "torch.compile; auto: on CUDA")
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs"] = option(
-        "default", "of torch.compile; reduce-overhead records CUDA graphs"
+    compile_mode: Literal["default", "blocks", "max-autotune-no-cudagraphs"] = option(
+        "default", "of torch.compile; blocks: one at a time, which starts sooner"
+    )
+    cuda_graph: bool | Literal["auto"] = option(
+        "auto", "launch a step as one CUDA graph; auto: with one process, but not in float16"
     )
     parallel: Literal["ddp", "fsdp"] = option("ddp", "fsdp: a process has a shard of each tensor")
     backend: Literal["nccl", "gloo"] = option("nccl", "several processes on GPUs; CPUs use gloo")
@@ -111,24 +123,26 @@ class Run:
     model: GPT | Bigram  # the weights
     forward: torch.nn.Module  # what to call: the model, compiled or wrapped for DDP or not
     optimizers: list[torch.optim.Optimizer]
+    step_number: torch.Tensor  # progress.step, on the device
     scaler: LossScaler  # does nothing unless dtype is float16
     ema: EMA  # the running average of the weights
     guard: NonFiniteGuard
     timer: StepTimer
-    set_to_none: bool  # how gradients are zeroed
+    update: Recorded  # update_weights, on one GPU as a single launch
     progress: Progress
     owns_checkpoint: bool = False  # ckpt.pt in out_dir is this run's, and may become the previous
-    next_micro_batches: list | None = None  # prefetched
+    next_batch: tuple | None = None  # prefetched
     log: Logger | NullLogger = dataclasses.field(default_factory=NullLogger)
+    saver: Saver | None = None  # once the training starts
 
 
 def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | None = None) -> Run:
     """A new run; one that resumes a saved checkpoint; or one that starts from given weights."""
     device = devices.pick_device(config.device)
     dtype = devices.pick_dtype(config.dtype, device)
-    compiles = devices.pick_compile(config.compile, device)
-    devices.set_up_device(device, config.deterministic)
-    check_processes(config, device, dtype, compiles)
+    devices.set_up_device(device, config.deterministic, config.dropout)
+    check_processes(config, device, dtype)
+    records = pick_cuda_graph(config.cuda_graph, device, dtype)
     data = open_splits(config.dataset, config.block_size, device)
     model_config = config_from_options(config, data.meta.vocab_size)
     if saved is not None:
@@ -138,13 +152,13 @@ def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | No
         check_start(config, data, start)
         weights = start.fitted(model_config)
     check_memory(model_config, device)
+    compiles = devices.pick_compile(config.compile, device)
     torch.manual_seed(config.seed)
     model = build(model_config)
     compile_mode = config.compile_mode if compiles else None
     forward = distributed.wrap(model, device, config.parallel, compile_mode)
     if weights is not None:
         state_dict.load_model_state_dict(model, weights)
-    flops_per_token = model.flops_per_token() / distributed.world_size()  # of this process
     run = Run(
         config=config,
         device=device,
@@ -153,14 +167,13 @@ def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | No
         data=data,
         model=model,
         forward=forward,
-        optimizers=make_optimizers(model, config, dtype),
+        optimizers=make_optimizers(model, config, dtype, records),
+        step_number=torch.zeros((), dtype=torch.int64, device=device),
         scaler=LossScaler(device.type, enabled=dtype == torch.float16),
         ema=EMA(model, config.average_decay),
         guard=NonFiniteGuard(config, device),
-        timer=StepTimer(config.tokens_per_step, flops_per_token, devices.peak_flops(device, dtype)),
-        # A CUDA graph writes its gradients to the same memory at each replay, so they are added to
-        # zeroed tensors of our own instead of becoming the gradients.
-        set_to_none=compile_mode != "reduce-overhead",
+        timer=StepTimer(config.tokens_per_step, model.flops_per_token(), device, dtype, compiles),
+        update=Recorded(lambda *batch: update_weights(run, *batch), device if records else None),
         progress=Progress(),
     )
     if saved is not None:
@@ -174,13 +187,11 @@ def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | No
 
 def prepare_gradients(run: Run) -> None:
     """Bring them into the state that they have between the steps of a longer run."""
-    if not run.set_to_none:
-        for p in run.model.parameters():
-            p.grad = torch.zeros_like(p)
     if distributed.world_size() > 1 and run.config.parallel == "ddp":
         # DDP orders its gradients anew after the first backward pass, and they are then summed in
         # another order: without this pass the first step after a resume would round differently.
-        loss_sum(run, get_micro_batches(run, 0)[0]).backward()
+        idx, targets = get_batch(run, 0)
+        loss_sum(run, idx[0], targets[0]).backward()
         run.model.zero_grad()
 
 
@@ -217,13 +228,14 @@ def evaluate_split(run: Run, split: dataset.Split, whole: bool) -> tuple[float, 
     sums = torch.zeros(len(batches), device=run.device)
     # Of targets, of answers, of right answers.
     counts = torch.zeros(3, len(batches), dtype=torch.int64, device=run.device)
+    loss_only = split.examples is None
     run.model.eval()
     for i in range(rank, len(batches), n):
         idx, targets = split.get_batch(batches[i])
         with devices.autocast(run.device, run.dtype):
-            logits, sums[i] = run.forward(idx, targets, reduction="sum")
+            logits, sums[i] = run.forward(idx, targets, reduction="sum", loss_only=loss_only)
         counts[0, i] = (targets != dataset.IGNORE_INDEX).sum()
-        if split.examples is not None:
+        if not loss_only:
             counts[1:, i] = count_answers(logits[..., : split.vocab_size], targets)
     run.model.train()
     # Summed in one order, however many processes there are.
@@ -239,7 +251,8 @@ def sample_text(run: Run) -> str:
     prompt = tokenizers.decode(data.tokenizer, data.val.prompt.tolist())
     decoder = Decoder(run.model.eval(), data.tokenizer.vocab_size)
     number, shown = run.progress.step, data.reverses_answers
-    text = "".join(stream_text(decoder, data.tokenizer, prompt, options, number, shown))
+    with torch.compiler.set_stance("force_eager"):  # to compile for a few tokens takes longer
+        text = "".join(stream_text(decoder, data.tokenizer, prompt, options, number, shown))
     run.model.train()
     return text
 
@@ -247,33 +260,33 @@ def sample_text(run: Run) -> str:
 # ---- a training step ---------------------------------------------------------------------------
 
 
-def get_micro_batches(run: Run, step: int) -> list:
-    """The step's windows, as (idx, targets) of each micro-step; each process takes its part.
+def get_batch(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows of a step, idx and targets (micro-steps, B, T); each process takes its part.
 
     Which windows these are depends on (seed, step) alone.
     """
     shape = (run.config.gradient_accumulation_steps, run.config.batch_size)
     offsets = run.data.train.train_offsets(math.prod(shape), run.config.seed, step).reshape(shape)
-    return [run.data.train.get_batch(part) for part in distributed.shard_batch(offsets)]
+    offsets = distributed.shard_batch(offsets)
+    idx, targets = run.data.train.get_batch(offsets.flatten())
+    return idx.view(*offsets.shape, -1), targets.view(*offsets.shape, -1)
 
 
-def loss_sum(run: Run, batch: tuple):
-    """The summed loss of one micro-step's (idx, targets), in nats."""
-    idx, targets = batch
+def loss_sum(run: Run, idx, targets):
+    """The summed loss of one micro-step's (B, T), in nats."""
     with devices.autocast(run.device, run.dtype):
-        _, loss = run.forward(idx, targets, reduction="sum")
+        _, loss = run.forward(idx, targets, reduction="sum", loss_only=True)
     return loss
 
 
-def compute_gradients(run: Run, micro_batches: list):
+def compute_gradients(run: Run, idx, targets):
     """Forward and backward; -> (loss, norm of the gradient before it is clipped)."""
-    devices.seed_step(run.config.seed, run.progress.step, distributed.rank())  # for dropout
-    n_targets = sum((targets != dataset.IGNORE_INDEX).sum() for _, targets in micro_batches)
+    n_targets = (targets != dataset.IGNORE_INDEX).sum()
     n_targets = distributed.all_reduce(n_targets).clamp(min=1)
     loss = torch.zeros((), device=run.device)
-    for micro_step, batch in enumerate(micro_batches, start=1):
-        distributed.sync_gradients(run.forward, is_last=micro_step == len(micro_batches))
-        micro_loss = loss_sum(run, batch) / n_targets
+    for micro_step in range(len(idx)):
+        distributed.sync_gradients(run.forward, is_last=micro_step == len(idx) - 1)
+        micro_loss = loss_sum(run, idx[micro_step], targets[micro_step]) / n_targets
         # DDP and FSDP average gradients over the processes, where their sum is wanted.
         run.scaler.scale(micro_loss * distributed.world_size()).backward()
         loss += micro_loss.detach()
@@ -288,26 +301,28 @@ def train_step(run: Run):
     """Make one optimizer update; -> (loss, gradient norm), tensors that stay on the device."""
     step = run.progress.step
     set_lr(run.optimizers, run.config, step)
-    micro_batches = run.next_micro_batches or get_micro_batches(run, step)
-    loss, grad_norm = compute_gradients(run, micro_batches)
-    while run.scaler.prepare_retry(loss, grad_norm, run.optimizers, run.set_to_none):
-        loss, grad_norm = compute_gradients(run, micro_batches)  # float16: the same step again
-    update_weights(run, loss, grad_norm)
-    run.ema.update(step)
+    run.step_number.fill_(step)
+    devices.seed_step(run.config.seed, step, distributed.rank())  # for dropout
+    loss, grad_norm = run.update(*(run.next_batch or get_batch(run, step)))
     run.progress.step += 1
     run.progress.tokens += run.config.tokens_per_step
     # Prefetch while the device is still busy with this step.
-    run.next_micro_batches = get_micro_batches(run, step + 1)
+    run.next_batch = get_batch(run, step + 1)
     return loss, grad_norm
 
 
-def update_weights(run: Run, loss, grad_norm) -> None:
-    """Step the optimizers, unless the loss or the gradient is not finite.
+def update_weights(run: Run, idx, targets):
+    """All that a step does on the device; -> (loss, gradient norm).
 
-    AdamW's fused kernel and our Muon read `found_inf` on the device and then change nothing, so
-    that this process need not wait to find out.
+    Nothing is updated if the loss or the gradient is not finite: AdamW's fused kernel and our Muon
+    read `found_inf` on the device, so that this process need not wait to find out.
     """
-    found_inf = run.guard.record(loss, grad_norm, run.progress.step + 1)  # 0 or 1, on the device
+    loss, grad_norm = compute_gradients(run, idx, targets)
+    while run.scaler.prepare_retry(loss, grad_norm, run.optimizers):
+        # float16: the same step again
+        devices.seed_step(run.config.seed, run.progress.step, distributed.rank())
+        loss, grad_norm = compute_gradients(run, idx, targets)
+    found_inf = run.guard.record(loss, grad_norm, run.step_number)  # 0 or 1, on the device
     for optimizer in run.optimizers:
         if run.scaler.is_enabled():
             if not found_inf:  # prepare_retry has waited for the device anyway
@@ -316,8 +331,10 @@ def update_weights(run: Run, loss, grad_norm) -> None:
             optimizer.found_inf = found_inf
             if run.device.type != "mps" or not found_inf:  # MPS kernels ignore found_inf
                 optimizer.step()
-        optimizer.zero_grad(run.set_to_none)
+        optimizer.zero_grad()
     run.scaler.update()
+    run.ema.update(run.step_number)
+    return loss, grad_norm
 
 
 # ---- the loop ----------------------------------------------------------------------------------
@@ -328,9 +345,12 @@ def train(run: Run) -> int:
     config, progress = run.config, run.progress
     if distributed.is_main():
         run.log = Logger(run)
-    with contextlib.closing(run.log), stop_signals(distributed.world_size() == 1) as received:
+    run.saver = Saver(Path(config.out_dir), config.checkpoint_seconds, run.owns_checkpoint)
+    signals = stop_signals(acts_at_second=distributed.world_size() == 1)
+    with contextlib.closing(run.log), signals as received, run.saver:
         run.timer.start(progress)
         while True:
+            run.saver.check()
             # A signal to one process stops all of them after the same step.
             signal_number = distributed.all_reduce_max(max(received, default=0))
             if signal_number:
@@ -338,6 +358,7 @@ def train(run: Run) -> int:
             if evaluation_is_due(run):
                 evaluate_and_save(run)
             if is_finished(run):
+                run.saver.wait()
                 run.log.done(progress)
                 return EXIT_DONE
             loss, grad_norm = train_step(run)
@@ -360,7 +381,7 @@ def evaluate(run: Run) -> dict:
     """The record of an evaluation: the step, its metrics, and a sample on rank 0 if wanted."""
     record = {"step": run.progress.step, **estimate_loss(run)}
     if not all(map(math.isfinite, record.values())):
-        raise RunError(f"{evaluation_text(record)}: not finite, nothing saved; lower learning_rate")
+        raise RunError(f"{evaluation_text(record)}: not finite, not saved; lower learning_rate")
     if run.config.sample_at_eval and distributed.is_main():
         record["sample"] = sample_text(run)
     return record
@@ -374,15 +395,16 @@ def evaluate_and_save(run: Run) -> None:
         is_best = record["val_loss"] < progress.best_val_loss
         if is_best:
             progress.best_val_loss = record["val_loss"]
-            save(run, checkpoint.BEST)  # the averaged weights, where there is an average
+            # The averaged weights, where there is an average.
+            run.saver.keep_best(weights_and_config(run))
     progress.stale_evaluations = 0 if is_best else progress.stale_evaluations + 1
     progress.evaluated_step = progress.step
     progress.seconds = run.timer.seconds()
     record["lr"] = get_lr(config, progress.step)
     record |= {"tokens": progress.tokens, "seconds": round(progress.seconds, 3)}
     run.log.evaluation(record, is_best)
-    if is_best or config.always_save_checkpoint or is_finished(run):
-        save(run, checkpoint.LATEST)
+    if is_finished(run) or run.saver.is_due(config.always_save_checkpoint):
+        save(run)
     run.timer.restart(progress.step)
 
 
@@ -396,9 +418,9 @@ def log_step(run: Run, loss, grad_norm) -> None:
     run.log.step(record | run.timer.lap(run.progress.step))
 
 
-def save(run: Run, name: str) -> None:
-    """best.pt, with what sampling needs, or ckpt.pt, with all that an exact resume needs."""
-    contents = {
+def weights_and_config(run: Run) -> dict:
+    """What best.pt holds, all that sampling needs, in copies that no step changes."""
+    return {
         "model": state_dict.model_state_dict(run.model),
         "model_config": config_to_dict(run.model.config),
         "config": dataclasses.asdict(run.config),
@@ -407,23 +429,24 @@ def save(run: Run, name: str) -> None:
         "best_val_loss": run.progress.best_val_loss,
         "text_sha256": run.data.meta.sha256,
     }
-    if name == checkpoint.LATEST:
-        contents |= state_dict.training_state(run.optimizers, run.ema, run.scaler)
-        contents["progress"] = dataclasses.asdict(run.progress)
-    if distributed.is_main():
-        run.log.sync()  # no checkpoint on the disk is newer than the metrics that led to it
-        out_dir = Path(run.config.out_dir)
-        if name == checkpoint.BEST:
-            checkpoint.save_checkpoint(out_dir / name, contents)
-        else:
-            checkpoint.save_latest(out_dir, contents, keep_previous=run.owns_checkpoint)
-    run.owns_checkpoint |= name == checkpoint.LATEST
+
+
+def save(run: Run) -> None:
+    """Start to write ckpt.pt, with all that an exact resume needs, and before it a new best.pt."""
+    run.saver.wait()  # for the save before, so that the copies of two need not fit in memory
+    contents = weights_and_config(run)
+    contents |= state_dict.training_state(run.optimizers, run.ema, run.scaler)
+    contents["progress"] = dataclasses.asdict(run.progress)
+    run.log.sync()  # no checkpoint on the disk is newer than the metrics that led to it
+    run.saver.start(contents, keep_previous=run.owns_checkpoint)
+    run.owns_checkpoint = True
 
 
 def save_and_stop(run: Run, signal_number: int) -> int:
     run.guard.report(run.progress.skipped_steps, run.log)
     run.progress.seconds = run.timer.seconds()
-    save(run, checkpoint.LATEST)
+    save(run)
+    run.saver.wait()
     run.log.stopped(run.progress, signal_number)
     distributed.barrier()  # all wait for the save; further signals are only noted
     return 128 + signal_number

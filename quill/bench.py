@@ -9,6 +9,7 @@ import quill.startup
 
 # isort: split
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -18,11 +19,18 @@ import time
 from pathlib import Path
 
 import torch
+from functorch.compile import min_cut_rematerialization_partition, nop
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 import train
-from model import GPT, generate
+from model import GPT
 from quill import settings
 from quill.data import dataset_files
 from quill.errors import InputError, run_command
@@ -123,22 +131,29 @@ def _time_training(run: train.Run) -> dict:
 
 
 def _time_sampling(run: train.Run) -> dict:
-    """Prefill of a full window, and decoding from one token on; compiled where the training is."""
+    """Prefill of a full window, and decoding from one token on.
+
+    Compiled as well, where the training is.
+    """
     model = copy.deepcopy(run.model).eval().to(run.dtype)
-    decoder = Decoder(model, model.config.vocab_size, run.compiles)
-    block_size, figures = run.config.block_size, {}
+    vocab_size, block_size, figures = model.config.vocab_size, run.config.block_size, {}
+    decoder = Decoder(model, vocab_size)
+    compiled_decoder = Decoder(model, vocab_size, compiled=True)
 
     @torch.inference_mode()
     def prefill(idx):
         model(idx, cache=model.new_cache(len(idx)), last_only=True)
 
-    def decode(idx):
-        for tokens in generate(decoder, idx[:, :1], block_size, top_k=200):
-            tokens.tolist()  # they are to be printed
+    def decode(idx, decoder=decoder):
+        for _ in decoder.generate(idx[:, :1], block_size, top_k=200):
+            pass
+
+    def decode_compiled(idx):
+        decode(idx, compiled_decoder)
 
     for n in SAMPLE_COUNTS:
         idx = torch.zeros(n, block_size, dtype=torch.int64, device=run.device)
-        for work in (prefill, decode):
+        for work in (prefill, decode, decode_compiled) if run.compiles else (prefill, decode):
             work(idx)  # warms up
             median = statistics.median(_ms(run.device, work, idx) for _ in range(3))
             figures[f"{work.__name__}_{n}_tokens_per_s"] = 1000 * n * block_size / median
@@ -181,39 +196,53 @@ def _plan_memory(config: BenchConfig, model, rows: int) -> dict:
     """-> MB by kind, on one device that takes `rows` windows of a step.
 
     The highest moment takes less than the sum: gradients come as activations go. For a GPU unless
-    device=cpu: products in bfloat16, attention without float32 or dropout masks. Without
-    torch.compile, which keeps fewer activations, and the dataset.
+    device=cpu: products in bfloat16, and compiled where the training would be. Without the dataset,
+    evaluations, what the allocator holds in reserve, and in a compiled step what its kernels take
+    beyond the tensors that wait for the backward pass.
     """
     is_gpu = config.device != "cpu"
+    compiles = config.compile is True or (
+        config.compile == "auto" and config.device not in ("cpu", "mps")
+    )
     name = "bfloat16" if is_gpu and config.dtype == "auto" else config.dtype
     dtype = devices.pick_dtype(name, CPU)
-    if is_gpu and isinstance(model, GPT):
+    if is_gpu and isinstance(model, GPT):  # attention without float32 or dropout masks
         for block in model.transformer.h:
             block.attn.dtype_on_cpu, block.attn.dropout = torch.bfloat16, 0.0
     optimizers = make_optimizers(model, config, dtype)
     idx = torch.zeros(min(rows, config.batch_size), config.block_size, dtype=torch.int64)
     n = 1 if rows <= config.batch_size else 2  # micro-steps: the second starts with gradients
-    peak = _peak_of_a_step(model, optimizers, [idx] * n, dtype)
+    peak = _peak_of_a_step(model, optimizers, [idx] * n, dtype, is_gpu)
+    activations, memory = peak["ACT"] + peak["TEMP"] + peak["OTH"], peak["Total"]
     weights = sum(p.nbytes for p in model.parameters()) / 1e6
+    if compiles:
+        activations = _kept_when_compiled(model, idx, dtype, config.compile_mode)
+        if config.compile_mode == "blocks":  # the loss is not compiled then
+            activations += peak["TEMP"]
+        highest = max(activations, weights) if n == 1 else activations + weights
+        memory = weights + peak["OPT"] + highest
     average = weights if config.average_decay else 0
     return {
+        "compiled": compiles,
         "weights_MB": weights + average,
         "gradients_MB": weights,
         "optimizer_MB": peak["OPT"],
-        "activations_MB": peak["ACT"] + peak["TEMP"] + peak["OTH"],
-        "memory_MB": peak["Total"] + average,
+        "activations_MB": activations,
+        "memory_MB": memory + average,
     }
 
 
-def _peak_of_a_step(model, optimizers, micro_batches: list, dtype: torch.dtype) -> dict:
-    """-> MB at the highest moment, by the kinds of PyTorch's tracker."""
+def _peak_of_a_step(
+    model, optimizers, micro_batches: list, dtype: torch.dtype, is_gpu: bool
+) -> dict:
+    """-> MB at the highest moment without torch.compile, by the kinds of PyTorch's tracker."""
     tracker = MemTracker()
     tracker.track_external(model, *optimizers)
     with tracker:
         for _ in range(2):  # the optimizer's state appears in the first
             for idx in micro_batches:
-                with devices.autocast(CPU, dtype):
-                    _, loss = model(idx, idx)
+                with GPUKernels() if is_gpu else contextlib.nullcontext():
+                    loss = _loss(model, idx, dtype)
                 loss.backward()
                 tracker.reset_mod_stats()
             for optimizer in optimizers:
@@ -221,6 +250,53 @@ def _peak_of_a_step(model, optimizers, micro_batches: list, dtype: torch.dtype) 
                 optimizer.zero_grad(set_to_none=True)
     peak = tracker.get_tracker_snapshot("peak")[CPU]
     return {str(kind).rpartition(".")[2]: n_bytes / 1e6 for kind, n_bytes in peak.items()}
+
+
+def _kept_when_compiled(model, idx, dtype: torch.dtype, compile_mode: str) -> float:
+    """-> MB that a compiled forward pass keeps for the backward pass.
+
+    torch.compile up to the point where what to keep and what to compute anew is decided. PyTorch's
+    tracker would not do: beneath it nothing is compiled.
+    """
+    backend = aot_autograd(
+        fw_compiler=nop,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table,
+    )
+    torch.compiler.reset()
+    for part in model.transformer.h if compile_mode == "blocks" else [model]:
+        part.compile(backend=backend, fullgraph=True)
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        _loss(model, idx, dtype)
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in weights) / 1e6
+
+
+def _loss(model, idx, dtype: torch.dtype):
+    """As train.py computes it, of targets that have the same shape."""
+    with devices.autocast(CPU, dtype):
+        return model(idx, idx, reduction="sum", loss_only=True)[1]
+
+
+class GPUKernels(TorchFunctionMode):
+    """In the block a CPU keeps for the backward pass what the kernels of a GPU would keep."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.layer_norm:  # autocast has it in float32 there
+            args = (args[0].float(), *args[1:])
+        elif function is F.rms_norm:  # one kernel, which keeps its input alone
+            return checkpoint(function, *args, **kwargs, use_reentrant=False)
+        elif function is F.dropout and kwargs["p"] > 0:  # masks of one byte a number
+            return torch.native_dropout(args[0], kwargs["p"], kwargs["training"])[0]
+        return function(*args, **kwargs)
 
 
 if __name__ == "__main__":

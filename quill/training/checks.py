@@ -11,7 +11,7 @@ from quill.training.checkpoint import LATEST, differences
 from quill.training.models import BigramConfig, config_from_dict, config_to_dict, count_parameters
 
 
-def check_processes(config, device: torch.device, dtype: torch.dtype, compiles: bool) -> None:
+def check_processes(config, device: torch.device, dtype: torch.dtype) -> None:
     """Raises InputError with every option that several processes do not support."""
     n = distributed.world_size()
     if n == 1:
@@ -24,8 +24,6 @@ def check_processes(config, device: torch.device, dtype: torch.dtype, compiles: 
         )
     if device.type == "mps":
         problems.append("several processes need CUDA devices or CPUs")
-    if compiles and config.compile_mode == "reduce-overhead":
-        problems.append("compile_mode=reduce-overhead is for one process")
     if config.parallel == "fsdp":
         if config.optimizer == "muon":
             problems.append("Muon needs whole matrices: take optimizer=adamw or parallel=ddp")
@@ -35,6 +33,18 @@ def check_processes(config, device: torch.device, dtype: torch.dtype, compiles: 
             problems.append("parallel=fsdp has no loss scaling: take bfloat16 or float32")
     if problems:
         raise InputError("; ".join(problems))
+
+
+def pick_cuda_graph(setting: bool | str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether to record steps; `auto` does where it is possible. Raises InputError where not.
+
+    Loss scaling (float16) looks at the gradients in each step, and processes wait for each other.
+    """
+    is_one = distributed.world_size() == 1
+    is_possible = device.type == "cuda" and dtype != torch.float16 and is_one
+    if setting is True and not is_possible:
+        raise InputError("cuda_graph=true: only on CUDA, by one process, and not in float16")
+    return is_possible and bool(setting)
 
 
 def check_resume(config, data, model_config, saved: dict) -> None:

@@ -1,7 +1,6 @@
 """Device, dtype, random seeds, memory, and peak arithmetic rate of the machine."""
 
 import contextlib
-import importlib.util
 import os
 import re
 import sys
@@ -74,20 +73,35 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 
 def pick_compile(setting: bool | str, device: torch.device) -> bool:
-    """`auto` is torch.compile on CUDA, if Triton, which it generates code for, is installed."""
-    if setting == "auto":
-        return device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return bool(setting)
+    """Whether to use torch.compile, after a trial; `auto` does on CUDA.
+
+    It needs a C compiler, Python's headers, Triton, and a GPU that Triton supports. Where one is
+    missing, `auto` goes on without it, and says so, and `true` raises InputError.
+    """
+    if setting is False or (setting == "auto" and device.type != "cuda"):
+        return False
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as error:  # of the compiler's many parts
+        reason = str(error).strip().partition("\n")[0]
+        if setting is True:
+            raise InputError(f"compile=true: {reason}; leave it out") from None
+        print(f"without torch.compile, so slower: {reason}", file=sys.stderr)
+        return False
+    return True
 
 
-def set_up_device(device: torch.device, deterministic: bool) -> None:
+def set_up_device(device: torch.device, deterministic: bool, dropout: float) -> None:
     """Process-wide settings: the current CUDA device, TF32 for float32 products there.
 
     deterministic: only kernels that give the same bits each time; those used on a CPU all do.
+    dropout: of training. cuDNN's attention may round it to sixteenths (issue 174245 of PyTorch), so
+    it is left out where that would change it.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.cuda.set_device(device.index or 0)
+        torch.backends.cuda.enable_cudnn_sdp(dropout * 16 % 1 == 0)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
         torch.backends.cudnn.benchmark = False

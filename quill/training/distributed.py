@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from model import Block
 from quill.errors import InputError, RunError, expected_failure, print_error
 
 START_TIMEOUT_SECONDS = 600
@@ -204,20 +205,22 @@ def wrap(
     """-> what to call in training: the model on its device, compiled, on several processes.
 
     parallel: with ddp (Li et al. 2020) every process has all of the model; with fsdp (Zhao et al.
-    2023) a shard of every tensor. compile_mode: of torch.compile, None to leave it out.
+    2023) a shard of every tensor. compile_mode: of torch.compile, or "blocks", or None to leave it
+    out. Blocks are compiled as one, since their code is the same.
     """
-    if world_size() > 1 and parallel == "fsdp":
+    is_sharded = world_size() > 1 and parallel == "fsdp"
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    if compile_mode is not None:
+        for part in blocks if is_sharded or compile_mode == "blocks" else [model]:
+            part.compile(mode="default" if compile_mode == "blocks" else compile_mode)
+    if is_sharded:
         mesh = init_device_mesh(device.type, (world_size(),))
-        for block in model.transformer.h:  # gathered one at a time
-            if compile_mode is not None:
-                block.compile(mode=compile_mode)
+        for block in blocks:  # gathered one at a time
             fully_shard(block, mesh=mesh)
         # Nothing stays gathered after a forward pass: an evaluation swaps in averaged weights.
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
         return model
     forward = model.to(device)
-    if compile_mode is not None:
-        forward = torch.compile(forward, mode=compile_mode)
     if world_size() > 1:
         devices = [device] if device.type == "cuda" else None
         forward = DistributedDataParallel(forward, device_ids=devices, gradient_as_bucket_view=True)

@@ -3,7 +3,6 @@
 import contextlib
 
 import torch
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from quill.training.distributed import to_local
 
@@ -11,8 +10,8 @@ from quill.training.distributed import to_local
 class EMA:
     """The average of a model's weights over the steps; with decay 0 there is none.
 
-    Of swa_utils only the update rule is used: its AveragedModel copies the module, to be compiled a
-    second time, and a decay that depends on the step would make it wait for the device.
+    Not swa_utils.AveragedModel: that copies the module, to be compiled a second time, and waits for
+    the device where the decay depends on the step.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):
@@ -23,11 +22,14 @@ class EMA:
         """From the present weights."""
         self.average = [p.clone() for p in self._weights()]
 
-    def update(self, step: int) -> None:
+    def update(self, step: torch.Tensor) -> None:
         """After the update of this step, counted from 0. The decay starts low: 1/10, 2/11, ..."""
         if self.decay:
-            decay = min(self.decay, (1 + step) / (10 + step))
-            get_ema_multi_avg_fn(decay)(self.average, self._weights(), step)
+            decay = ((1 + step) / (10 + step)).clamp(max=self.decay)
+            average = [to_local(a) for a in self.average]
+            change = torch._foreach_sub([to_local(p) for p in self._weights()], average)
+            torch._foreach_mul_(change, 1 - decay)
+            torch._foreach_add_(average, change)
 
     @contextlib.contextmanager
     def as_weights(self):

@@ -41,7 +41,6 @@ class Logger:
         self.out_dir, self.max_iters = Path(run.config.out_dir), run.config.max_iters
         self.path = self.out_dir / "metrics.jsonl"
         self.resumed = dataclasses.replace(run.progress) if run.owns_checkpoint else None
-        self.n_laps, self.compiles = 0, run.compiles
         self.warns_if_slow = run.device.type == "cpu"
         self.file = None
         self.dashboards = _open_dashboards(self.out_dir, config, self.resumed)
@@ -52,22 +51,24 @@ class Logger:
         print(evaluation_text(record, ", best so far" if is_best else ""), flush=True)
 
     def step(self, record: dict) -> None:
-        """A log line; the first lap, if it includes a compilation, predicts no time to go."""
+        """A log line."""
         self._write(record)
-        self.n_laps += 1
-        to_go = record["ms_per_step"] / 1000 * (self.max_iters - record["step"])
         loss = math.nan if record["loss"] is None else record["loss"]
-        line = (
-            f"step {record['step']}/{self.max_iters}: loss {loss:.4f}, "
-            f"{record['ms_per_step']:.1f} ms/step, {record['tokens_per_s']:,.0f} tokens/s"
-        )
-        line += f", mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
-        if self.n_laps > self.compiles:
-            line += f", {datetime.timedelta(seconds=round(to_go))} to go"
-        if self.warns_if_slow and self.n_laps == 1 + self.compiles and to_go > SLOW_RUN_SECONDS:
-            line += f"\nthis will take about {to_go / 3600:.0f} h on this machine; "
-            line += "config/shakespeare_char_cpu.py is a model for one without a GPU"
+        line = f"step {record['step']}/{self.max_iters}: loss {loss:.4f}"
+        if record["ms_per_step"] is not None:
+            line += self._pace(record)
         print(line, flush=True)
+
+    def _pace(self, record: dict) -> str:
+        to_go = record["ms_per_step"] / 1000 * (self.max_iters - record["step"])
+        text = f", {record['ms_per_step']:.1f} ms/step, {record['tokens_per_s']:,.0f} tokens/s"
+        text += f", mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
+        text += f", {datetime.timedelta(seconds=round(to_go))} to go"
+        if self.warns_if_slow and to_go > SLOW_RUN_SECONDS:
+            text += f"\nthis will take about {to_go / 3600:.0f} h on this machine; "
+            text += "config/shakespeare_char_cpu.py is a model for one without a GPU"
+        self.warns_if_slow = False
+        return text
 
     def skipped(self, step: int, n_skipped: int, n_allowed: int) -> None:
         """An update that was not made, because its loss or gradient was not finite."""
@@ -123,10 +124,11 @@ class Logger:
 class StepTimer:
     """The pace of training, measured from one log line to the next."""
 
-    def __init__(self, tokens_per_step: int, flops_per_token: float, peak_flops: float | None):
-        """peak_flops: of one device in FLOP/s, None where it is not known."""
-        self.tokens_per_step = tokens_per_step
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+    def __init__(self, tokens_per_step: int, flops_per_token: float, device, dtype, compiles: bool):
+        self.tokens_per_step, self.peak_flops = tokens_per_step, devices.peak_flops(device, dtype)
+        self.flops_per_token = flops_per_token / distributed.world_size()  # of this process
+        # The first lap is no pace where it includes a compilation or the loading of kernels.
+        self.skips_next = compiles or device.type == "cuda"
 
     def start(self, progress: Progress) -> None:
         self.started = time.perf_counter() - progress.seconds
@@ -141,6 +143,11 @@ class StepTimer:
         self.step, self.time = step, time.perf_counter()
 
     def lap(self, step: int) -> dict:
+        """The pace since the last lap, in numbers that are None where it is not known."""
+        if self.skips_next:
+            self.skips_next = False
+            self.restart(step)
+            return {"ms_per_step": None, "tokens_per_s": None, "mfu": None}
         seconds = (time.perf_counter() - self.time) / (step - self.step)
         self.restart(step)
         tokens_per_s = self.tokens_per_step / seconds
@@ -160,6 +167,8 @@ def run_summary(run) -> str:
     ]
     if n_cut := data.train.n_cut:
         lines.append(f"{n_cut:,} pairs are longer than block_size={config.block_size} and cut")
+    if run.compiles:
+        lines.append("compiling: up to a minute, before and after the first evaluation")
     if run.owns_checkpoint:
         lines.append(f"resuming after step {run.progress.step} of {config.max_iters}")
     return "\n".join(lines)

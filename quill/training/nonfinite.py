@@ -22,12 +22,15 @@ class NonFiniteGuard:
         known = skipped_steps[: self.n_allowed]
         self.bad_steps[: len(known)] = torch.tensor(known, dtype=torch.int64)
 
-    def record(self, loss, grad_norm, step: int):
-        """Note the step, counted from 1, if it is not finite; -> 1.0 to skip its update, or 0.0."""
+    def record(self, loss, grad_norm, step):
+        """Note the step, counted from 0, if it is not finite; -> 1.0 to skip its update, or 0.0.
+
+        All of these are tensors on the device.
+        """
         is_bad = ~torch.isfinite(loss + grad_norm)
         is_over = self.bad_steps[-1] > 0
         next_slot = self.slots == (self.bad_steps > 0).sum()
-        self.bad_steps.masked_fill_(next_slot & is_bad, step)
+        self.bad_steps.copy_(torch.where(next_slot & is_bad, step + 1, self.bad_steps))
         return (is_bad | is_over).float()
 
     def report(self, known: list[int], log) -> None:
@@ -43,7 +46,7 @@ class NonFiniteGuard:
         if len(bad_steps) > self.n_allowed:
             raise RunError(
                 f"the loss or its gradient was not finite at step {bad_steps[-1]}; stopped before "
-                "that update, nothing was saved since: lower learning_rate "
+                "that update, which no checkpoint has: lower learning_rate "
                 f"({self.learning_rate}), raise warmup_iters, set grad_clip=1.0, or allow more "
                 f"than skip_nonfinite={self.n_allowed}"
             )
@@ -55,7 +58,7 @@ class LossScaler(torch.amp.GradScaler):
     A step whose gradients overflowed is made again, not left out: max_iters counts updates.
     """
 
-    def prepare_retry(self, loss, grad_norm, optimizers: list, set_to_none: bool) -> bool:
+    def prepare_retry(self, loss, grad_norm, optimizers: list) -> bool:
         """Whether the gradients overflowed; then the scale is lowered and they are zeroed.
 
         Not if the loss itself is not finite, which a lower scale would not mend.
@@ -66,5 +69,5 @@ class LossScaler(torch.amp.GradScaler):
             return False
         self.update()
         for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none)
+            optimizer.zero_grad()
         return True

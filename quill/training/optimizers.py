@@ -92,15 +92,17 @@ class Muon(torch.optim.Optimizer):
             update = torch.where(self.found_inf > 0, 0, update)
             decay = decay * (self.found_inf == 0)
         torch._foreach_mul_(params, 1 - decay)
-        torch._foreach_add_(params, update.reshape(x.shape).unbind(), alpha=-rate)
+        update = update.float() * -rate  # the rate may be a tensor
+        torch._foreach_add_(params, update.reshape(x.shape).unbind())
 
 
 def make_optimizers(
-    model: torch.nn.Module, config: OptimizerOptions, dtype: torch.dtype
+    model: torch.nn.Module, config: OptimizerOptions, dtype: torch.dtype, records: bool = False
 ) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest.
 
     dtype: of matrix products, Muon's included; its range is too wide for float16.
+    records: for a step that becomes a CUDA graph, the learning rates are tensors on the device.
 
     Loshchilov & Hutter 2019; Jordan et al. 2024. Matrices are decayed, gains and biases are not.
     """
@@ -122,10 +124,14 @@ def make_optimizers(
         {"params": groups["vector"], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    optimizers.append(torch.optim.AdamW(decays, lr=config.learning_rate, betas=betas, fused=True))
+    options = {"betas": betas, "fused": True, "capturable": records}
+    optimizers.append(torch.optim.AdamW(decays, lr=config.learning_rate, **options))
+    device = next(model.parameters()).device
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
+            if records:
+                group["lr"] = torch.tensor(group["lr"], device=device)
     return optimizers
 
 
@@ -134,7 +140,11 @@ def set_lr(optimizers: list, config: OptimizerOptions, step: int) -> None:
     scale = get_lr(config, step) / (config.learning_rate or 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = scale * group["initial_lr"]
+            lr = scale * group["initial_lr"]
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
 
 def get_lr(config: OptimizerOptions, step: int) -> float:

@@ -1,17 +1,14 @@
 """State dicts with full tensors, whatever the number of processes.
 
-All processes call these functions, and save what a run of one process would. They are apart from
-checkpoint.py because sampling needs no torch.distributed, which takes a second to import.
+All processes call these functions, and save what a run of one process would: copies on the CPU, so
+that they stay as they are while the training goes on. They are apart from checkpoint.py because
+sampling needs no torch.distributed, which takes a second to import.
 """
 
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from quill.errors import InputError
 from quill.training import distributed
@@ -22,11 +19,13 @@ from quill.training.nonfinite import LossScaler, NonFiniteGuard
 
 
 def model_state_dict(model: torch.nn.Module) -> dict:
-    """Full tensors; of several processes, only rank 0 has them. A tied head shares its storage."""
-    is_several = distributed.world_size() > 1
-    options = StateDictOptions(full_state_dict=True, cpu_offload=is_several)
-    weights = get_model_state_dict(model, options=options)
-    if weights and getattr(model.config, "tied_head", False):
+    """The weights. A tied head shares its storage."""
+    weights = model.state_dict()
+    is_tied = getattr(model.config, "tied_head", False)
+    if is_tied:
+        del weights["lm_head.weight"]  # or it would be copied on its own
+    weights = full_copies(weights)
+    if is_tied:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     return weights
 
@@ -34,8 +33,8 @@ def model_state_dict(model: torch.nn.Module) -> dict:
 def training_state(optimizers: list, ema: EMA, scaler: LossScaler) -> dict:
     """What a resume needs beside the weights; each step derives its random state anew."""
     return {
-        "optimizers": [full_tensors(optimizer.state_dict()) for optimizer in optimizers],
-        "average": full_tensors(ema.average),
+        "optimizers": [full_copies(optimizer.state_dict()) for optimizer in optimizers],
+        "average": full_copies(ema.average),
         "scaler": scaler.state_dict(),
     }
 
@@ -81,16 +80,16 @@ def load_model_state_dict(model: torch.nn.Module, weights: dict) -> None:
 # not stepped a state by stepping it, so that saving at step 0 would change the training.
 
 
-def full_tensors(value):
-    """The same tree with every tensor full; of several processes, only rank 0 keeps them."""
+def full_copies(value):
+    """The same tree with a copy of every tensor, full and on the CPU; only rank 0 keeps them."""
     if isinstance(value, dict):
-        return {name: full_tensors(part) for name, part in value.items()}
+        return {name: full_copies(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(full_tensors(part) for part in value)
-    if not torch.is_tensor(value) or distributed.world_size() == 1:
+        return type(value)(full_copies(part) for part in value)
+    if not torch.is_tensor(value):
         return value
     value = distributed.full_tensor(value)
-    return value.cpu() if distributed.is_main() else None
+    return value.to("cpu", copy=True) if distributed.is_main() else None
 
 
 @torch.no_grad()

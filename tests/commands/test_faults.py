@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import random
 import shutil
 import signal
@@ -16,7 +17,15 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import TINY, command, command_line, environment, is_one_error_line, same_run
+from helpers import (
+    TINY,
+    command,
+    command_line,
+    environment,
+    is_one_error_line,
+    losses_of,
+    same_run,
+)
 
 from quill.data import dataset_files
 from quill.errors import InputError
@@ -50,12 +59,13 @@ def wait_until(run: subprocess.Popen, condition, seconds: float = 60) -> bool:
 
 def is_whole(out_dir: str) -> bool:
     """Whether what the run had saved is there: read as a resume would, from whatever is there."""
-    paths = [Path(out_dir, name) for name in ("ckpt.pt", "ckpt.previous.pt")]
-    if not any(path.exists() for path in paths):
-        return False
-    for path in filter(Path.exists, [*paths, Path(out_dir, "best.pt")]):
-        load_checkpoint(path, for_resume=path.name != "best.pt")  # raises when it is not whole
-    return True
+    paths = [Path(out_dir, name) for name in ("ckpt.pt", "ckpt.previous.pt", "best.pt")]
+    lowest = {  # val losses; loading raises when a file is not whole
+        path.name: load_checkpoint(path, for_resume=path.name != "best.pt")["best_val_loss"]
+        for path in filter(Path.exists, paths)
+    }
+    assert min(lowest.values(), default=math.inf) == lowest.get("best.pt", math.inf)
+    return bool(lowest.keys() - {"best.pt"})
 
 
 # ---- SIGKILL -----------------------------------------------------------------------------------
@@ -66,11 +76,12 @@ BUSY += ["--optimizer=muon", "--average_decay=0.9"]
 
 
 @counts(3, 140)
-def test_killed_at_random_moments_and_resumed(tiny, call, n_faults):
+@pytest.mark.parametrize("seconds", [0, 0.05])
+def test_killed_at_random_moments_and_resumed(tiny, call, n_faults, seconds):
     """A third while starting or resuming, a third in the loop, a third inside a write."""
     rng = random.Random(1)
     flags = [*BUSY, "--n_embd=96", f"--max_iters={8 * n_faults}", "--lr_decay_iters=2000"]
-    flags += ["--init_from=auto"]
+    flags += ["--init_from=auto", f"--checkpoint_seconds={seconds}"]
     assert call("train", *flags, "--out_dir=whole")[0] == 0
     where = dict.fromkeys(("starting", "in the loop", "inside a write"), 0)
     for fault in range(n_faults):
@@ -95,6 +106,25 @@ def test_killed_at_random_moments_and_resumed(tiny, call, n_faults):
     assert (code, err) == (0, "")
     same_run("whole", "parts")
     print(f"\n{n_faults} kills of training: {where}")
+
+
+def test_a_kill_between_two_saves_loses_only_the_steps_since(tiny, call):
+    flags = [*TINY, "--eval_interval=4", "--log_interval=1", "--max_iters=800", "--dropout=0.1"]
+    flags += ["--checkpoint_seconds=0.5"]
+    assert call("train", *flags, "--out_dir=whole")[0] == 0
+    run = start("train", *flags, "--out_dir=parts")
+    wait_until(run, Path("parts/ckpt.pt").exists)
+    lines = iter(run.stdout.readline, "")
+    saved = load_checkpoint(Path("parts/ckpt.pt"), for_resume=True)["step"]
+    reached = (int(line.split()[1].split("/")[0]) for line in lines if "ms/step" in line)
+    assert any(step >= saved + 10 for step in reached)
+    run.kill()
+    assert run.communicate()[1] == "" and run.returncode == -signal.SIGKILL
+    saved = load_checkpoint(Path("parts/ckpt.pt"), for_resume=True)["step"]
+    assert losses_of("parts")[-1][0] > saved
+    code, out, err = call("train", *flags, "--out_dir=parts", "--init_from=resume")
+    assert (code, err) == (0, "") and f"resuming after step {saved} of 800" in out
+    same_run("whole", "parts")
 
 
 @counts(2, 60)
@@ -139,7 +169,8 @@ def test_signals_at_random_moments(tiny, call, n_faults):
     saved = 0
     for fault in range(n_faults):
         number = [signal.SIGINT, signal.SIGTERM][fault % 2]
-        run = start("train", *flags, "--out_dir=parts")
+        seconds = rng.choice([0, 0.05, 180])
+        run = start("train", *flags, "--out_dir=parts", f"--checkpoint_seconds={seconds}")
         if fault % 3 < 2:
             assert any("loss" in line for line in iter(run.stdout.readline, ""))
             time.sleep(rng.uniform(0, 0.1))
@@ -336,7 +367,7 @@ def test_a_checkpoint_that_reads_back_differently_is_not_kept(tiny, call, monkey
 
 def test_a_second_trainer_is_refused(tiny, call):
     run = start("train", *TINY, "--max_iters=100000", "--eval_interval=10000")
-    assert any("val loss" in line for line in iter(run.stdout.readline, ""))
+    assert wait_until(run, Path("out/ckpt.pt").exists)
     before = Path("out/best.pt").read_bytes()
     for argv in (TINY, ["--init_from=resume"]):
         code, _, err = call("train", *argv)

@@ -156,6 +156,22 @@ with distributed.session():
     assert processes(2, *SAME, program=["-c", probe]) == ["counted\n"] * 2
 
 
+def test_one_clock_decides_when_all_save(tiny):
+    """Where the other's says that it is never time."""
+    probe = """
+import os, sys, types, train
+from quill.training import saving
+if os.environ["RANK"] == "1":
+    saving.time = types.SimpleNamespace(monotonic=lambda: 0.0)
+sys.exit(train.main(sys.argv[1:]))
+"""
+    flags = [*SAME, "--checkpoint_seconds=1e-6", "--parallel=fsdp"]
+    said = processes(2, *flags, program=["-c", probe])
+    assert "done after step 6" in said[0]
+    steps = [load_checkpoint(Path("out", f))["step"] for f in ("ckpt.previous.pt", "ckpt.pt")]
+    assert steps == [3, 6]
+
+
 # ---- one voice ---------------------------------------------------------------------------------
 
 
