@@ -105,12 +105,6 @@ def rotate(x, rotary):
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin  # roll swaps the halves
 
 
-def product_dtype(x) -> torch.dtype:
-    """The dtype of matrix products of x: that of autocast where it is on, else that of x."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 def attention_dtype(x, on_cpu: torch.dtype = torch.float32) -> torch.dtype:
     """The dtype of queries and keys: that of x, but on a CPU at least float32.
 
@@ -320,7 +314,9 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe.weight[positions]
         else:
             rotary = self.rotary[:, positions]
-        x = self.transformer.drop(x).to(product_dtype(x))
+        x = self.transformer.drop(x)
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream as well, for speed
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for block in self.transformer.h:
             x = block(x, rotary, cache)
         if cache is not None:

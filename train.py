@@ -28,15 +28,8 @@ from quill.interop.start import find_start
 from quill.sampling.decoder import Decoder
 from quill.sampling.text import SampleOptions, stream_text
 from quill.settings import DType, option
-from quill.training import checkpoint, devices, distributed, state_dict
+from quill.training import checkpoint, checks, devices, distributed, state_dict
 from quill.training.checkpoint import Progress
-from quill.training.checks import (
-    check_memory,
-    check_processes,
-    check_resume,
-    check_start,
-    pick_cuda_graph,
-)
 from quill.training.cuda_graph import Recorded
 from quill.training.ema import EMA
 from quill.training.log import Logger, NullLogger, StepTimer, evaluation_text
@@ -95,9 +88,7 @@ class TrainConfig(OptimizerOptions, ModelOptions):
     compile_mode: Literal["default", "blocks", "max-autotune-no-cudagraphs"] = option(
         "default", "of torch.compile; blocks: one at a time, which starts sooner"
     )
-    cuda_graph: bool | Literal["auto"] = option(
-        "auto", "launch a step as one CUDA graph; auto: with one process, but not in float16"
-    )
+    cuda_graph: bool | Literal["auto"] = option("auto", "launch a step as a whole; auto: on CUDA")
     parallel: Literal["ddp", "fsdp"] = option("ddp", "fsdp: a process has a shard of each tensor")
     backend: Literal["nccl", "gloo"] = option("nccl", "several processes on GPUs; CPUs use gloo")
     deterministic: bool = option(False, "only repeatable GPU kernels: slower, resumes bit for bit")
@@ -141,17 +132,17 @@ def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | No
     device = devices.pick_device(config.device)
     dtype = devices.pick_dtype(config.dtype, device)
     devices.set_up_device(device, config.deterministic, config.dropout)
-    check_processes(config, device, dtype)
-    records = pick_cuda_graph(config.cuda_graph, device, dtype)
+    checks.check_processes(config, device, dtype)
+    records = checks.pick_cuda_graph(config.cuda_graph, device, dtype)
     data = open_splits(config.dataset, config.block_size, device)
     model_config = config_from_options(config, data.meta.vocab_size)
     if saved is not None:
-        check_resume(config, data, model_config, saved)
+        checks.check_resume(config, data, model_config, saved)
     weights = None
     if start is not None:
-        check_start(config, data, start)
+        checks.check_start(config, data, start)
         weights = start.fitted(model_config)
-    check_memory(model_config, device)
+    checks.check_memory(model_config, device)
     compiles = devices.pick_compile(config.compile, device)
     torch.manual_seed(config.seed)
     model = build(model_config)
@@ -319,9 +310,8 @@ def update_weights(run: Run, idx, targets):
     """
     loss, grad_norm = compute_gradients(run, idx, targets)
     while run.scaler.prepare_retry(loss, grad_norm, run.optimizers):
-        # float16: the same step again
         devices.seed_step(run.config.seed, run.progress.step, distributed.rank())
-        loss, grad_norm = compute_gradients(run, idx, targets)
+        loss, grad_norm = compute_gradients(run, idx, targets)  # float16: the same step again
     found_inf = run.guard.record(loss, grad_norm, run.step_number)  # 0 or 1, on the device
     for optimizer in run.optimizers:
         if run.scaler.is_enabled():
@@ -395,8 +385,7 @@ def evaluate_and_save(run: Run) -> None:
         is_best = record["val_loss"] < progress.best_val_loss
         if is_best:
             progress.best_val_loss = record["val_loss"]
-            # The averaged weights, where there is an average.
-            run.saver.keep_best(weights_and_config(run))
+            run.saver.keep_best(weights_and_config(run))  # the averages, where there are any
     progress.stale_evaluations = 0 if is_best else progress.stale_evaluations + 1
     progress.evaluated_step = progress.step
     progress.seconds = run.timer.seconds()

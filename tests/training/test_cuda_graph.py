@@ -23,7 +23,7 @@ def new_run(*flags: str) -> train.Run:
 def test_steps_to_be_recorded_make_the_run_of_plain_ones(tiny, monkeypatch, optimizer):
     flags = [f"--optimizer={optimizer}", "--dropout=0.2", "--average_decay=0.9"]
     plain = new_run(*flags)
-    monkeypatch.setattr(train, "pick_cuda_graph", lambda *options: True)
+    monkeypatch.setattr(train.checks, "pick_cuda_graph", lambda *options: True)
     monkeypatch.setattr(train, "Recorded", lambda work, device: Recorded(work, None))
     recorded = new_run(*flags)
     rates = [group["lr"] for o in recorded.optimizers for group in o.param_groups]
