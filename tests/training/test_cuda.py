@@ -214,6 +214,17 @@ def test_recorded_decoding_makes_the_tokens_of_generate():
     assert [*steps] == [new.tolist() for new in expected]
 
 
+def test_compiled_decoding_of_several_texts_with_a_large_vocabulary():
+    """Whose cumulative sums PyTorch 2.11 does not compile."""
+    model = GPT(GPTConfig(64, 50304, 1, 2, 64)).eval().to("cuda")
+    idx = torch.zeros(10, 1, dtype=torch.int64, device="cuda")
+    texts = [
+        [*Decoder(model, 50257, compiled).generate(idx, 8, uniform=lambda n: torch.zeros(n, 10))]
+        for compiled in (True, False)
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) == 8
+
+
 def test_decoding_takes_no_attention_that_plans_for_each_length(monkeypatch):
     """cuDNN's does, for 0.4 s each."""
     attention, choices = torch.nn.functional.scaled_dot_product_attention, []
