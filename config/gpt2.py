@@ -7,7 +7,7 @@ eval_interval = 250
 eval_iters = 1000  # a million tokens of each split, spread evenly
 log_interval = 10  # reading a loss makes the GPU wait: not at every step
 
-batch_size = 12  # what 40 GB hold without recomputing activations
+batch_size = 12  # takes 7 GB as planned, 8 without torch.compile, 28 for 64 (docs/results.md)
 block_size = 1024
 gradient_accumulation_steps = 40  # 491,520 tokens a step, shared out among the processes
 

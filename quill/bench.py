@@ -12,11 +12,14 @@ import quill.startup
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import os
 import statistics
 import time
+import warnings
 from pathlib import Path
+from unittest import mock
 
 import torch
 from functorch.compile import min_cut_rematerialization_partition, nop
@@ -26,11 +29,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import train
-from model import GPT
+from model import GPT, MAX_LOGITS, Block
 from quill import settings
 from quill.data import dataset_files
 from quill.errors import InputError, run_command
@@ -44,6 +46,19 @@ from quill.training.optimizers import make_optimizers
 N_GROUPS = 10  # the timed steps are split into so many; lowest and highest are those of their means
 SAMPLE_COUNTS = (1, 10, 64)
 CPU = torch.device("cpu")
+# Functions of torch.nn.functional that keep on a CPU, for the backward pass, what the kernels of a
+# GPU keep.
+AS_ON_A_GPU = {
+    # Autocast has it in float32 there.
+    "layer_norm": lambda x, *args, **options: torch.layer_norm(x.float(), *args, **options),
+    # One kernel, which keeps its input alone.
+    "rms_norm": functools.partial(checkpoint, torch.rms_norm, use_reentrant=False),
+    # A mask of one byte a number.
+    "dropout": lambda x, p, *_: torch.native_dropout(x, p, True)[0] if p else x,
+}
+# In a loss that is not compiled, at the highest moment: in bfloat16, float32, its log-probability
+# and its gradient.
+BYTES_OF_A_LOGIT = 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +112,13 @@ def measure(config: BenchConfig) -> dict:
         "flops_per_token": int(run.model.flops_per_token()),
         "tokens_per_step": config.tokens_per_step,
         "start_up_s": time.perf_counter() - quill.startup.STARTED,
-        **_time_training(run),
+        **time_training(run),
         "peak_memory_MB": devices.peak_memory_bytes(run.device) / 1e6,
         **_time_sampling(run),
     }
 
 
-def _time_training(run: train.Run) -> dict:
+def time_training(run: train.Run) -> dict:
     config, device = run.config, run.device
 
     def train_steps(n: int) -> None:
@@ -216,11 +231,9 @@ def _plan_memory(config: BenchConfig, model, rows: int) -> dict:
     activations, memory = peak["ACT"] + peak["TEMP"] + peak["OTH"], peak["Total"]
     weights = sum(p.nbytes for p in model.parameters()) / 1e6
     if compiles:
-        activations = _kept_when_compiled(model, idx, dtype, config.compile_mode)
-        if config.compile_mode == "blocks":  # the loss is not compiled then
-            activations += peak["TEMP"]
-        highest = max(activations, weights) if n == 1 else activations + weights
-        memory = weights + peak["OPT"] + highest
+        activations = _activations_when_compiled(model, idx, dtype, config.compile_mode)
+        with_gradients = max(activations, weights) if n == 1 else activations + weights
+        memory = weights + peak["OPT"] + with_gradients
     average = weights if config.average_decay else 0
     return {
         "compiled": compiles,
@@ -238,12 +251,11 @@ def _peak_of_a_step(
     """-> MB at the highest moment without torch.compile, by the kinds of PyTorch's tracker."""
     tracker = MemTracker()
     tracker.track_external(model, *optimizers)
-    with tracker:
+    kernels = mock.patch.multiple(F, **AS_ON_A_GPU) if is_gpu else contextlib.nullcontext()
+    with tracker, kernels:
         for _ in range(2):  # the optimizer's state appears in the first
             for idx in micro_batches:
-                with GPUKernels() if is_gpu else contextlib.nullcontext():
-                    loss = _loss(model, idx, dtype)
-                loss.backward()
+                _loss(model, idx, dtype).backward()
                 tracker.reset_mod_stats()
             for optimizer in optimizers:
                 optimizer.step()
@@ -252,7 +264,7 @@ def _peak_of_a_step(
     return {str(kind).rpartition(".")[2]: n_bytes / 1e6 for kind, n_bytes in peak.items()}
 
 
-def _kept_when_compiled(model, idx, dtype: torch.dtype, compile_mode: str) -> float:
+def _activations_when_compiled(model, idx, dtype: torch.dtype, compile_mode: str) -> float:
     """-> MB that a compiled forward pass keeps for the backward pass.
 
     torch.compile up to the point where what to keep and what to compute anew is decided. PyTorch's
@@ -264,39 +276,32 @@ def _kept_when_compiled(model, idx, dtype: torch.dtype, compile_mode: str) -> fl
         decompositions=select_decomp_table,
     )
     torch.compiler.reset()
-    for part in model.transformer.h if compile_mode == "blocks" else [model]:
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for part in blocks if compile_mode == "blocks" else [model]:
         part.compile(backend=backend, fullgraph=True)
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept = {}
+    kept = {}  # by address: several tensors may be views of one storage
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         kept[storage._cdata] = storage
         return tensor
 
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_tensors_hooks(keep, lambda tensor: tensor), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the compiler's, of looking for gradients
         _loss(model, idx, dtype)
-    return sum(storage.nbytes() for key, storage in kept.items() if key not in weights) / 1e6
+    for p in model.parameters():
+        kept.pop(p.untyped_storage()._cdata, None)
+    n_bytes = sum(storage.nbytes() for storage in kept.values())
+    if compile_mode == "blocks":  # then the loss is not compiled
+        n_logits = min(idx.numel() * model.config.vocab_size, MAX_LOGITS)
+        n_bytes += BYTES_OF_A_LOGIT * n_logits
+    return n_bytes / 1e6
 
 
 def _loss(model, idx, dtype: torch.dtype):
     """As train.py computes it, of targets that have the same shape."""
     with devices.autocast(CPU, dtype):
         return model(idx, idx, reduction="sum", loss_only=True)[1]
-
-
-class GPUKernels(TorchFunctionMode):
-    """In the block a CPU keeps for the backward pass what the kernels of a GPU would keep."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is F.layer_norm:  # autocast has it in float32 there
-            args = (args[0].float(), *args[1:])
-        elif function is F.rms_norm:  # one kernel, which keeps its input alone
-            return checkpoint(function, *args, **kwargs, use_reentrant=False)
-        elif function is F.dropout and kwargs["p"] > 0:  # masks of one byte a number
-            return torch.native_dropout(args[0], kwargs["p"], kwargs["training"])[0]
-        return function(*args, **kwargs)
 
 
 if __name__ == "__main__":

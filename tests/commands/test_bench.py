@@ -10,6 +10,7 @@ import pytest
 from helpers import REPO, TINY, is_one_error_line
 
 DROP = "--dropout=0.1"
+ON_A_GPU = ["--device=cuda", "--dtype=auto"]
 
 
 def figures_of(call, *flags) -> dict:
@@ -65,9 +66,57 @@ def test_a_plan_knows_what_else_takes_memory(folder, call):
         "the first micro-step's gradients"
     )
     assert memory("--gradient_accumulation_steps=2", "--devices=2") == once
-    as_gpu = [memory("--device=cuda", "--dtype=auto", flag) for flag in ("--dropout=0", DROP)]
+    as_gpu = [memory(*ON_A_GPU, "--compile=false", flag) for flag in ("--dropout=0", DROP)]
     assert as_gpu[0] < 0.9 * once, "bfloat16"
     assert as_gpu[0] < as_gpu[1] < 0.8 * memory(DROP), "no masks in attention"
+
+
+def test_a_plan_is_of_the_compiled_step_where_the_training_is_compiled(folder, call):
+    def planned(*more) -> dict:
+        flags = [*TINY, "--vocab_size=65", "--gradient_accumulation_steps=1", "--batch_size=64"]
+        return figures_of(call, *flags, "--plan", *more)
+
+    eager, compiled = planned(*ON_A_GPU, "--compile=false"), planned(*ON_A_GPU)
+    assert (eager["compiled"], compiled["compiled"]) == (False, True)
+    assert not planned()["compiled"] and planned("--compile=true")["compiled"]
+    assert compiled["memory_MB"] < 0.95 * eager["memory_MB"]
+    assert compiled["optimizer_MB"] == eager["optimizer_MB"]
+    twice = planned(*ON_A_GPU, "--batch_size=128")
+    assert twice["activations_MB"] == pytest.approx(2 * compiled["activations_MB"], rel=0.05)
+    accumulated = planned(*ON_A_GPU, "--gradient_accumulation_steps=2")
+    both = compiled["memory_MB"] + compiled["gradients_MB"]
+    assert accumulated["memory_MB"] == pytest.approx(both)
+    blocks = planned(*ON_A_GPU, "--compile_mode=blocks")
+    assert blocks["memory_MB"] > compiled["memory_MB"], "its loss is not compiled"
+
+
+GPT2 = ["gpt2.py", "--vocab_multiple=50304", "--gradient_accumulation_steps=1"]
+
+
+@pytest.mark.parametrize(
+    "flags, peak_GB",
+    [
+        (["speedrun.py"], 1.60),
+        *(
+            pytest.param(flags, peak_GB, marks=pytest.mark.slow)
+            for flags, peak_GB in [
+                (["speedrun.py", "--compile=false"], 2.10),
+                (["shakespeare_char.py"], 1.77),
+                (["shakespeare_char.py", "--compile=false"], 2.14),
+                (GPT2, 6.81),
+                ([*GPT2, "--batch_size=64"], 28.07),
+                ([*GPT2, "--gradient_accumulation_steps=2"], 7.30),
+                ([*GPT2, "--compile_mode=blocks"], 7.19),
+                ([*GPT2, "--compile=false"], 7.64),
+                ([*GPT2, "--compile=false", "--batch_size=64"], 25.51),
+            ]
+        ),
+    ],
+)
+def test_a_plan_for_a_gpu_is_close_to_the_peak_of_its_allocator(folder, call, flags, peak_GB):
+    """Which was read on a null GPU: docs/results.md, "Planning"."""
+    flags = [str(REPO / "config" / flags[0]), *flags[1:], "--vocab_size=65", "--device=cuda"]
+    assert figures_of(call, *flags, "--plan")["memory_MB"] == pytest.approx(1000 * peak_GB, rel=0.1)
 
 
 PEAK = """

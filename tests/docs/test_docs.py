@@ -22,7 +22,7 @@ from quill.errors import InputError
 PAGES = [REPO / "README.md", REPO / "data/README.md", *sorted((REPO / "docs").glob("*.md"))]
 COMMANDS = (*SCRIPTS, "plot", "bench", "export", "arithmetic")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-A_COMMAND = re.compile(r"python3? |torchrun |--\w|config/\w+\.py|tests/\S+\.sh|.*&& python3? ")
+A_COMMAND = re.compile(r"python3? |torchrun |--\w|config/\w+\.py|\.ci/\w+|.*&& python3? ")
 # `path`, or `path`: `name`, `Class.name`
 SOURCE = re.compile(
     r"`((?:quill|config|docs|lecture|tests)/[\w./]+|(?:model|train|sample|prepare)\.py)`"
@@ -72,7 +72,7 @@ def check(command: str) -> None:
             read(path.removesuffix(".py"), argv)
         case ["python", path, *_]:
             assert (REPO / path).is_file()
-        case [word, *_] if word.startswith("tests/"):
+        case [word, *_] if word.startswith(".ci/"):
             assert (REPO / word).is_file()
         case [word, *_] if word.startswith("config/"):
             read("train", words)
@@ -157,7 +157,7 @@ def test_every_command_is_one_that_runs(page, command):
         "`python bench.py`",
         "`python lecture/no_such.py`",
         "`python -m pytest tests/no_such`",
-        "`tests/no_such.sh`",
+        "`.ci/no_such A --out=figures`",
         "`config/shakespeare_char_cpu.py --no_such=1`",
         "`--mlp=no_such`",
         "`--no_such`",
