@@ -157,7 +157,7 @@ def _time_sampling(run: train.Run) -> dict:
 
     @torch.inference_mode()
     def prefill(idx):
-        model(idx, cache=model.new_cache(len(idx)), last_only=True)
+        decoder(idx, cache=model.new_cache(len(idx)), last_only=True)
 
     def decode(idx, decoder=decoder):
         for _ in decoder.generate(idx[:, :1], block_size, top_k=200):
