@@ -14,7 +14,6 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from model import generate
 from quill import settings
 from quill.data import problems
 from quill.data.problems import Problem, plain_answer
@@ -69,8 +68,8 @@ def are_right(model, tokenizer, asked: list[tuple[str, str]]) -> list[bool]:
     idx = np.stack([tokenizer.encode(prompt) for prompt, _ in asked]).astype(np.int64)
     longest = max(len(completion) for _, completion in asked) + 1  # with the end of the text
     decoder = Decoder(model, tokenizer.vocab_size)
-    steps = generate(decoder, torch.from_numpy(idx).to(device), longest, temperature=0.0)
-    rows = torch.stack([*steps], dim=1).tolist()  # (N, longest)
+    steps = decoder.generate(torch.from_numpy(idx).to(device), longest, temperature=0.0)
+    rows = zip(*steps, strict=True)  # N of length `longest`
     answers = [decode(tokenizer, ids).partition(END_OF_TEXT) for ids in rows]
     return [
         end != "" and plain_answer(text) == plain_answer(completion)
