@@ -15,7 +15,6 @@ the meta.pkl of a dataset that nanoGPT prepared. In .jsonl a line is {"text": ..
 import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
 import dataclasses
 import hashlib
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from quill import settings
 from quill.data import dataset_files, problems, tokenizers
 from quill.data.corpus import Corpus, Section, Survey, survey
 from quill.data.encode import encode_corpus, encode_documents
-from quill.errors import InputError, run_command
+from quill.errors import InputError, print_note, run_command
 from quill.files import dataset_folder, file_lock, sha256_of_file
 from quill.interop import hf_tokenizers, nanogpt
 from quill.settings import option
@@ -45,6 +44,9 @@ class PrepareConfig:
     dataset: str = option("shakespeare_char", "folder to make below data/")
     input: str = option("", "text to use: a file, a folder or a pattern; nothing is downloaded")
     tokenizer: str = option("", "char, byte, gpt2, or a meta.json, meta.pkl or folder that has it")
+    overwrite: bool = option(
+        False, "replace a dataset of that name which is made of something else"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ def main(argv: list[str]) -> int:
         raise InputError(f"tokenizer={config.tokenizer}: {given} has its own; leave it out")
     source = make(config)
     with file_lock(folder):
-        meta = up_to_date(folder, source)
+        meta = up_to_date(folder, source, config.overwrite)
         done = "up to date:" if meta else "made"
         if meta is None:
             meta = dataset_files.write(folder, source.chunks, source.is_masked, **source.described)
@@ -134,7 +136,7 @@ def built_in_text(name: str) -> Path:
     if SHAKESPEARE.exists():
         if sha256_of_file(SHAKESPEARE) == SHAKESPEARE_SHA256:
             return SHAKESPEARE
-        print(f"{SHAKESPEARE} is not the expected text; downloading it again", file=sys.stderr)
+        print_note(f"{SHAKESPEARE} is not the expected text; downloading it again")
     from quill.data.download import download  # here, because it takes 0.1 s to import requests
 
     advice = f"check the network, put the file at {SHAKESPEARE}, or give a text with --input=FILE"
@@ -177,13 +179,23 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     return pretrained.from_folder(path).tokenizer
 
 
-def up_to_date(folder: Path, source: Source) -> dataset_files.Meta | None:
-    """The dataset's meta, if it was made from the same text with the same tokenizer, else None."""
+def up_to_date(folder: Path, source: Source, overwrite: bool) -> dataset_files.Meta | None:
+    """The dataset's meta, if it was made from the same text with the same tokenizer, else None.
+
+    Raises InputError where there is another dataset, or a damaged one, unless it may be replaced.
+    """
     try:
         meta, _ = dataset_files.read(folder)  # compares the checksums of all files
-    except InputError:
-        return None
-    return meta if source.described.items() <= vars(meta).items() else None
+        if all(vars(meta)[name] == source.described[name] for name in ("sha256", "tokenizer")):
+            return meta
+        found = f"another dataset, of {meta.source} by {meta.tokenizer.get('kind')}"
+    except InputError as error:
+        found = f"a dataset that is not usable ({error})"
+    if not overwrite and any((folder / f"{split}.bin").exists() for split in dataset_files.SPLITS):
+        raise InputError(
+            f"{folder} holds {found}: choose another name, or replace it by --overwrite=true"
+        )
+    return None
 
 
 if __name__ == "__main__":

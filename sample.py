@@ -11,12 +11,11 @@ Usage:
 import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
 import dataclasses
 import functools
-import sys
 from pathlib import Path
 
 from quill import settings
 from quill.data import dataset_files, tokenizers
-from quill.errors import InputError, run_command, silence_stdout
+from quill.errors import InputError, reader_may_leave, run_command
 from quill.files import dataset_folder
 from quill.interop import pretrained
 from quill.sampling import interactive
@@ -45,8 +44,7 @@ def main(argv: list[str]) -> int:
     config = settings.load(SampleConfig, argv, usage=__doc__)
     prompt = read_prompt(config.start)
     device = pick_device(config.device)
-    sys.stdout.reconfigure(errors="replace")
-    with out_of_memory_advice(f"lower num_samples={config.num_samples}"):
+    with out_of_memory_advice(f"lower num_samples={config.num_samples}"), reader_may_leave():
         loaded, tokenizer = load_model(config)
         model = loaded.build().eval().to(device, pick_dtype(config.dtype, device))
         decoder = Decoder(model, tokenizer.vocab_size, config.compile)
@@ -64,11 +62,7 @@ def main(argv: list[str]) -> int:
             TextStream(tokenizer, config.stop, loaded.reverses_answers)
             for _ in range(config.num_samples)
         ]
-        try:
-            print_samples(prompt, sample_tokens(decoder, ids, config), streams)
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader, `head` say, has seen enough
-            silence_stdout()
+        print_samples(prompt, sample_tokens(decoder, ids, config), streams)
     return 0
 
 

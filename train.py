@@ -11,7 +11,6 @@ import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports b
 import contextlib
 import dataclasses
 import math
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -22,13 +21,13 @@ from model import GPT, GPTConfig
 from quill import settings
 from quill.data import dataset, tokenizers
 from quill.errors import EXIT_DONE, RunError, run_command, stop_signals
-from quill.files import file_lock, run_folder
+from quill.files import file_lock
 from quill.interop.pretrained import Pretrained
 from quill.interop.start import find_start
 from quill.sampling.decoder import Decoder
 from quill.sampling.text import SampleOptions, stream_text
 from quill.settings import DType, option
-from quill.training import checkpoint, checks, devices, distributed, state_dict
+from quill.training import checkpoint, checks, devices, distributed, run_folder, state_dict
 from quill.training.checkpoint import Progress
 from quill.training.cuda_graph import Recorded
 from quill.training.ema import EMA
@@ -63,6 +62,7 @@ class TrainConfig(OptimizerOptions, ModelOptions):
         "file says; or weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path to those of a "
         "run, of nanoGPT, of Hugging Face",
     )
+    overwrite: bool = option(False, "start anew in a folder that has a run; moves it to previous-1")
     eval_interval: int = option(2000, "steps between evaluations", min=1)
     eval_iters: int = option(200, "windows for train loss, and for a large val", min=1, max=10**6)
     sample_at_eval: int = option(0, "tokens to sample per evaluation; 0: none", min=0, max=10**6)
@@ -121,7 +121,7 @@ class Run:
     timer: StepTimer
     update: Recorded  # update_weights, on one GPU as a single launch
     progress: Progress
-    owns_checkpoint: bool = False  # ckpt.pt in out_dir is this run's, and may become the previous
+    is_resumed: bool = False
     next_batch: tuple | None = None  # prefetched
     log: Logger | NullLogger = dataclasses.field(default_factory=NullLogger)
     saver: Saver | None = None  # once the training starts
@@ -171,7 +171,7 @@ def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | No
         parts = (model, run.optimizers, run.ema, run.scaler, run.guard)
         path = Path(config.out_dir, checkpoint.LATEST)
         run.progress = state_dict.load_training_state(saved, path, *parts)
-        run.owns_checkpoint = True
+        run.is_resumed = True
     prepare_gradients(run)
     return run
 
@@ -335,7 +335,9 @@ def train(run: Run) -> int:
     config, progress = run.config, run.progress
     if distributed.is_main():
         run.log = Logger(run)
-    run.saver = Saver(Path(config.out_dir), config.checkpoint_seconds, run.owns_checkpoint)
+        if not run.is_resumed:
+            run_folder.move_aside(Path(config.out_dir))
+    run.saver = Saver(Path(config.out_dir), config.checkpoint_seconds)
     signals = stop_signals(acts_at_second=distributed.world_size() == 1)
     with contextlib.closing(run.log), signals as received, run.saver:
         run.timer.start(progress)
@@ -416,6 +418,7 @@ def weights_and_config(run: Run) -> dict:
         "tokenizer": run.data.meta.tokenizer,
         "step": run.progress.step,
         "best_val_loss": run.progress.best_val_loss,
+        "text_source": run.data.meta.source,
         "text_sha256": run.data.meta.sha256,
     }
 
@@ -427,8 +430,7 @@ def save(run: Run) -> None:
     contents |= state_dict.training_state(run.optimizers, run.ema, run.scaler)
     contents["progress"] = dataclasses.asdict(run.progress)
     run.log.sync()  # no checkpoint on the disk is newer than the metrics that led to it
-    run.saver.start(contents, keep_previous=run.owns_checkpoint)
-    run.owns_checkpoint = True
+    run.saver.start(contents)
 
 
 def save_and_stop(run: Run, signal_number: int) -> int:
@@ -455,9 +457,8 @@ def evaluate_only(run: Run) -> int:
 def main(argv: list[str]) -> int:
     with distributed.session():
         config = settings.load(TrainConfig, argv, usage=__doc__)
-        sys.stdout.reconfigure(errors="replace")  # for samples with characters that it lacks
         is_writer = distributed.is_main() and not config.eval_only
-        folder = run_folder(config.out_dir)
+        folder = run_folder.path_of(config.out_dir)
         with file_lock(folder) if is_writer else contextlib.nullcontext():
             with devices.out_of_memory_advice("lower n_embd or n_layer"):
                 # The options settled, and a checkpoint or weights, which are not kept any longer.

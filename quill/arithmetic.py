@@ -18,7 +18,7 @@ from quill import settings
 from quill.data import problems
 from quill.data.problems import Problem, plain_answer
 from quill.data.tokenizers import END_OF_TEXT, decode
-from quill.errors import InputError, run_command
+from quill.errors import InputError, reader_may_leave, run_command
 from quill.interop import pretrained
 from quill.sampling.decoder import Decoder
 from quill.settings import option
@@ -41,14 +41,15 @@ def main(argv: list[str]) -> int:
     model = loaded.build().eval().to(device)
     held_out = problems.calculations_held_out(random.Random(problems.SEED))
     columns = [*dict.fromkeys(held_out.values())]
-    print("digits " + "".join(f"{column:>9}" for column in columns), flush=True)
-    for operation in "+-*/":
-        row: dict = {column: [] for column in columns}
-        asked = [problem for problem in held_out if problem[1] == operation]
-        for problem, is_right in answered(model, tokenizer, asked):
-            row[held_out[problem]].append(is_right)
-        cells = "".join(f"{fmean(right):9.2%}" for right in row.values())
-        print(f"a {operation} b  {cells}", flush=True)
+    with reader_may_leave():
+        print("digits " + "".join(f"{column:>9}" for column in columns), flush=True)
+        for operation in "+-*/":
+            row: dict = {column: [] for column in columns}
+            asked = [problem for problem in held_out if problem[1] == operation]
+            for problem, is_right in answered(model, tokenizer, asked):
+                row[held_out[problem]].append(is_right)
+            cells = "".join(f"{fmean(right):9.2%}" for right in row.values())
+            print(f"a {operation} b  {cells}", flush=True)
     return 0
 
 

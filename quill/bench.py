@@ -35,7 +35,7 @@ import train
 from model import GPT, MAX_LOGITS, Block
 from quill import settings
 from quill.data import dataset_files
-from quill.errors import InputError, run_command
+from quill.errors import InputError, reader_may_leave, run_command
 from quill.files import atomic_write, dataset_folder
 from quill.sampling.decoder import Decoder
 from quill.settings import option
@@ -46,6 +46,7 @@ from quill.training.optimizers import make_optimizers
 N_GROUPS = 10  # the timed steps are split into so many; lowest and highest are those of their means
 SAMPLE_COUNTS = (1, 10, 64)
 CPU = torch.device("cpu")
+GPT2_VOCABULARY = 50257
 # Functions of torch.nn.functional that keep on a CPU, for the backward pass, what the kernels of a
 # GPU keep.
 AS_ON_A_GPU = {
@@ -72,7 +73,12 @@ class BenchConfig(train.TrainConfig):
     devices: int = option(1, "plan: how many devices share a step", min=1)
     peak_tflops: float = option(989.0, "plan: matrix rate of each, 989 for an H100", min=1e-6)
     assumed_mfu: float = option(0.4, "plan: fraction of that rate that is reached", min=1e-6, max=1)
-    vocab_size: int = option(0, "plan: 0 is the prepared dataset's", min=0, max=10**7)
+    vocab_size: int = option(
+        0,
+        f"plan: 0 is the dataset's, or {GPT2_VOCABULARY} where that is not prepared",
+        min=0,
+        max=10**7,
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -84,8 +90,9 @@ def main(argv: list[str]) -> int:
     with devices.out_of_memory_advice(f"lower batch_size={config.batch_size}"):
         figures = plan(config) if config.plan else measure(config)
     width = max(map(len, figures))
-    for name, value in figures.items():
-        print(f"{name:<{width}}  {_in_words(value)}")
+    with reader_may_leave():
+        for name, value in figures.items():
+            print(f"{name:<{width}}  {_in_words(value)}")
     if config.json:
         with atomic_write(Path(config.json)) as (file,):
             file.write(json.dumps(figures, indent=1).encode() + b"\n")
@@ -189,14 +196,18 @@ def plan(config: BenchConfig) -> dict:
     rows = config.gradient_accumulation_steps * config.batch_size
     if rows % config.devices:
         raise InputError(f"a step's {rows} windows do not divide over {config.devices} devices")
-    folder = dataset_folder(config.dataset)
-    vocab_size = config.vocab_size or dataset_files.read(folder)[0].vocab_size
+    vocab_size = config.vocab_size or _vocabulary_of(config.dataset)
     with FakeTensorMode():  # tensors with shapes, without memory
         model = build(config_from_options(config, vocab_size))
         memory = _plan_memory(config, model, rows // config.devices)
     tokens = config.max_iters * config.tokens_per_step
     rate = config.devices * config.peak_tflops * 1e12 * config.assumed_mfu
     return {
+        "assumed_device": "cpu" if config.device == "cpu" else "gpu",
+        "assumed_devices": config.devices,
+        "assumed_peak_tflops": config.peak_tflops,
+        "assumed_mfu": config.assumed_mfu,
+        "assumed_vocab_size": vocab_size,
         "parameters": model.n_parameters(),
         "flops_per_token": int(model.flops_per_token()),
         "tokens_per_step": config.tokens_per_step,
@@ -205,6 +216,12 @@ def plan(config: BenchConfig) -> dict:
         **memory,
         "training_s": tokens * model.flops_per_token() / rate,
     }
+
+
+def _vocabulary_of(name: str) -> int:
+    folder = dataset_folder(name)
+    is_prepared = (folder / "meta.json").exists()
+    return dataset_files.read(folder)[0].vocab_size if is_prepared else GPT2_VOCABULARY
 
 
 def _plan_memory(config: BenchConfig, model, rows: int) -> dict:

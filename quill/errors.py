@@ -8,6 +8,10 @@ import sys
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
+# Of these the user gave a wrong name, or one that may not be used; any other OSError is a failure.
+BAD_NAMES = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM}
+BAD_NAMES |= {errno.ENAMETOOLONG, errno.ELOOP}
+
 
 class InputError(Exception):
     """The user's input is wrong: an option, a config, a dataset, a checkpoint or a prompt."""
@@ -19,6 +23,7 @@ class RunError(Exception):
 
 def run_command(main) -> None:
     """Run `main(argv) -> exit code` as a command; an expected failure prints one line."""
+    sys.stdout.reconfigure(errors="replace")  # for characters that its encoding lacks
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
@@ -26,10 +31,11 @@ def run_command(main) -> None:
         failure = expected_failure(error)
         if failure is None:
             raise
-        if isinstance(error, BrokenPipeError):
-            silence_stdout()
         message, code = failure
         print_error(message)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            flush_or_discard(stream)
     sys.exit(code)
 
 
@@ -42,23 +48,36 @@ def expected_failure(error: BaseException) -> tuple[str, int] | None:
     if isinstance(error, BrokenPipeError):
         return "nobody reads the output any more; stopped", EXIT_FAILED
     if isinstance(error, OSError):
-        is_bad_name = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)
+        is_bad_name = error.errno in BAD_NAMES
         return describe_os_error(error), EXIT_BAD_INPUT if is_bad_name else EXIT_FAILED
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     return None
 
 
-def silence_stdout() -> None:
-    """After a broken pipe: nothing can be written, and flushing at exit must not fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def flush_or_discard(stream) -> None:
+    """What cannot be written is dropped, or Python would fail again at its end, with code 120."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextlib.contextmanager
+def reader_may_leave():
+    """In the block, a reader of the output that leaves (`head`, say) has seen enough: no error."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        flush_or_discard(sys.stdout)
 
 
 def describe_os_error(error: OSError) -> str:
     """One line that names the file, the reason and, where there is one, the way out."""
     advice = {
-        errno.ENOSPC: "; free some space and run the same command again",
-        errno.EDQUOT: "; free some space and run the same command again",
+        errno.ENOSPC: "; free some space, then continue or try again",
+        errno.EDQUOT: "; free some space, then continue or try again",
         errno.EACCES: "; check its permissions",
         errno.EROFS: "; choose a folder that can be written",
     }.get(error.errno, "")
@@ -67,9 +86,14 @@ def describe_os_error(error: OSError) -> str:
 
 
 def print_error(message: str) -> None:
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr)  # over a progress line
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    over_progress = "\r\x1b[K" if sys.stderr.isatty() else ""
+    print_note(f"{over_progress}error: {' '.join(message.split())}")
+
+
+def print_note(text: str) -> None:
+    """On stderr; that nobody can read it there changes nothing else."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -83,12 +107,15 @@ def needs_extra(name: str):
 
 @contextlib.contextmanager
 def stop_signals(acts_at_second: bool):
-    """Yield a list that collects SIGINT and SIGTERM while the block runs.
+    """Yield a list that collects SIGINT, SIGTERM and SIGHUP while the block runs.
 
     acts_at_second: a second signal acts at once, as it would without this.
     """
     received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)  # not under nohup, nor on Windows
+    before = {number: signal.getsignal(number) for number in numbers}
 
     def note(number, frame):
         received.append(number)

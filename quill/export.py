@@ -14,6 +14,7 @@ from pathlib import Path
 
 from quill import settings
 from quill.errors import InputError, run_command
+from quill.files import open_file
 from quill.interop import huggingface, pretrained
 from quill.settings import option
 from quill.training import checkpoint
@@ -46,16 +47,14 @@ def main(argv: list[str]) -> int:
 def refuse_to_overwrite(dest: Path) -> None:
     """Raise InputError for a folder that holds anything but an earlier export."""
     safetensors = huggingface.import_safetensors()
-    try:
-        names = {path.name for path in dest.iterdir()}
-    except FileNotFoundError:
+    if not dest.exists():
         return
-    except OSError as error:
-        raise InputError(f"{dest}: {error.strerror}; choose another folder") from None
+    names = {path.name for path in dest.iterdir()}
     if all(name.endswith((".tmp", ".lock")) for name in names):  # left by an export that was killed
         return
     weights = dest / "model.safetensors"
-    with contextlib.suppress(OSError, safetensors.SafetensorError):
+    with contextlib.suppress(OSError, InputError, safetensors.SafetensorError):
+        open_file(weights).close()  # or a pipe would make it wait
         if safetensors.safe_open(weights, framework="pt").metadata() == huggingface.PRODUCER:
             return
     raise InputError(f"{dest} is not empty and not an earlier export: choose another folder")

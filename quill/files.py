@@ -1,16 +1,40 @@
-"""Atomic writes, file locks, checksums, folder names, and a progress line."""
+"""Opening, atomic writes, file locks, checksums, folder names, and a progress line.
+
+An OSError of these functions becomes one line and an exit code where a command ends.
+"""
 
 import contextlib
 import hashlib
 import os
 import re
+import stat
 import sys
 import time
 from pathlib import Path
 
-from quill.errors import InputError, RunError
+from quill.errors import InputError, RunError, print_note
 
 READ_BYTES = 1 << 20
+
+
+def open_file(path: Path):
+    """Open a file to read its bytes; raises InputError for a folder, or a pipe, which may wait."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise InputError(f"{path} is not a regular file")
+    return path.open("rb")
+
+
+def refuse_special_files(*paths: Path) -> None:
+    """Raise InputError where something else than a regular file would be renamed over.
+
+    A link may be /dev/stdout, or lead to a larger disk.
+    """
+    for path in paths:
+        if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+            raise InputError(
+                f"{path} is a folder, link, pipe or device, not a regular file: it is left as it "
+                "is; give another name, or remove it"
+            )
 
 
 @contextlib.contextmanager
@@ -24,9 +48,11 @@ def atomic_write(*paths: Path, keep: Path | None = None, verify=None):
 
     keep: a second name to keep the present contents of one path under.
     verify: called with each temporary file, to read it back from the disk (where the system lets us
-    drop it from memory). Raises `RunError` when it returns false.
+    drop it from memory). Raises `RunError` when it returns false, and `InputError` for a path that
+    is not a regular file.
     """
     temporary = [_temporary(path) for path in paths]
+    refuse_special_files(*paths, *temporary, *([keep, _temporary(keep)] if keep else []))
     handles = []
     try:
         for tmp in temporary:
@@ -80,7 +106,11 @@ def finish_atomic_write(*paths: Path, verify) -> None:
 
     They are complete when `verify` accepts the last. Raises `InputError` if one is under way.
     """
-    if paths[-1].exists() or not verify(_temporary(paths[-1])):
+    if (
+        paths[-1].exists()
+        or not _temporary(paths[-1]).exists()
+        or not verify(_temporary(paths[-1]))
+    ):
         return
     with file_lock(paths[0].parent):
         for path in paths:
@@ -106,10 +136,8 @@ def file_lock(folder: Path):
     The system releases it when the process ends; a `.lock` file left behind means nothing. Where
     there are no such locks, a line on stderr says so.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{folder}: there is a file of that name") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    refuse_special_files(folder / ".lock")
     with (folder / ".lock").open("a") as file:
         try:
             import fcntl  # not available on Windows
@@ -121,7 +149,7 @@ def file_lock(folder: Path):
                 "another folder"
             ) from None
         except (ImportError, OSError) as error:
-            print(f"{folder} cannot be locked ({error}): use it once at a time", file=sys.stderr)
+            print_note(f"{folder} cannot be locked ({error}): use it once at a time")
         yield
 
 
@@ -135,19 +163,8 @@ def sha256_of(file, n_bytes: int):
 
 
 def sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return sha256_of(file, sys.maxsize).hexdigest()
-
-
-def run_folder(name: str) -> Path:
-    """A run's folder; raises `InputError` for a path with `..`, which could be anywhere."""
-    path = Path(name)
-    if not name or ".." in path.parts:
-        raise InputError(
-            f"out_dir={name[:100]!r}: give the run's folder as a path below this one or from the "
-            "root, without '..'"
-        )
-    return path
 
 
 def dataset_folder(name: str) -> Path:

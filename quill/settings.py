@@ -17,9 +17,10 @@ import sys
 import traceback
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 
-from quill.errors import InputError
+from quill.errors import InputError, reader_may_leave
 
 DType = typing.Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -55,7 +56,8 @@ def load(cls, argv: list[str], *, usage: str, positional: str | None = None, bas
     """
     types_of = typing.get_type_hints(cls)
     if "--help" in argv or "-h" in argv:
-        print(_help_text(cls, types_of, usage))
+        with reader_may_leave():
+            print(_help_text(cls, types_of, usage))
         sys.exit(0)
     words, flags, problems = _split_argv(argv, types_of)
     values: dict = {}
@@ -120,25 +122,31 @@ def _read_config_file(path: str) -> dict:
         raise InputError(f"{path} is a folder, not a config file; options are --NAME=VALUE")
     try:
         names = runpy.run_path(path)
-    except OSError as error:
-        raise InputError(f"config file {path}: {error.strerror}") from None
-    except SyntaxError as error:
-        raise InputError(f"config file {path}, line {error.lineno}: {error.msg}") from None
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # a program may raise anything
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        what = traceback.format_exception_only(error)[-1]
+        if isinstance(error, OSError) and not lines:  # of the file itself
+            what = error.strerror
+        if isinstance(error, SyntaxError) and error.lineno and not lines:
+            lines = [error.lineno]
         where = f", line {lines[-1]}" if lines else ""
-        raise InputError(f"config file {path}{where}: {type(error).__name__}: {error}") from None
+        raise InputError(f"config file {path}{where}: {what}") from None
     tools = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-    return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, tools)}
+    return {
+        name: value
+        for name, value in names.items()
+        if type(name) is str and not name.startswith("_") and not issubclass(type(value), tools)
+    }
 
 
 def _assign(values, types_of, name, value, source, problems, is_text=False):
     if name not in types_of:
-        close = difflib.get_close_matches(name, types_of, n=1)
-        hint = f", did you mean {close[0]}?" if close else " (--help lists all options)"
+        hint = did_you_mean(name, types_of) or " (--help lists all options)"
         problems.append(f"{source}{name}: no such option{hint}")
         return
-    if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+    if type(value) is str and re.search("[\0\ud800-\udfff]", value):
         problems.append(f"{source}{name}: {value[:100]!r} is not valid UTF-8 without NUL")
         return
     for kind in _alternatives(types_of[name]):
@@ -147,6 +155,12 @@ def _assign(values, types_of, name, value, source, problems, is_text=False):
             values[name] = parsed
             return
     problems.append(f"{source}{name}: expected {_type_name(types_of[name])}, got {_shown(value)}")
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The known name that is closest, as the end of a message; empty where none is close."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _alternatives(annotation) -> list:
@@ -172,13 +186,14 @@ def _from_text(kind, text: str):
 def _shown(value) -> str:
     try:
         return repr(value)[:100]
-    except ValueError:  # a number of thousands of digits
-        return "a number that is too long"
+    except BaseException:  # of a config's own class; or ValueError, of thousands of digits
+        return f"a value of type {type(value).__name__} that cannot be shown"
 
 
 def _from_python(kind, value):
     if typing.get_origin(kind) is typing.Literal:
-        return value if value in typing.get_args(kind) else _UNREADABLE
+        is_choice = type(value) is str and value in typing.get_args(kind)
+        return value if is_choice else _UNREADABLE
     if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):

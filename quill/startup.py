@@ -1,10 +1,12 @@
 """What the commands import before anything else, as importing torch takes a second or two.
 
-Importing it installs a handler for Ctrl-C: one line and exit code 130, no traceback.
+Importing it installs a handler for Ctrl-C (one line and exit code 130, no traceback), and opens
+/dev/null in place of standard streams that are closed.
 """
 
 import os
 import signal
+import sys
 import time
 
 from quill.errors import print_error
@@ -22,5 +24,14 @@ def interrupt(number, frame) -> None:
     raise KeyboardInterrupt
 
 
+def open_closed_streams() -> None:
+    """Or the next file to be opened would get the number of stdout, and what is printed there."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            setattr(sys, name, open(descriptor, "w" if number else "r"))  # noqa: PTH123, SIM115
+
+
+open_closed_streams()
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, interrupt)

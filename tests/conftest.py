@@ -73,6 +73,16 @@ def call(capsys):
 
 
 @pytest.fixture
+def full_disk(monkeypatch):
+    """full_disk("out/ckpt.pt"): whoever writes that file finds the disk full."""
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    for room in ("files", "data.download"):
+        monkeypatch.setattr(f"quill.{room}.refuse_special_files", lambda *paths: None)
+    return lambda path, end=".tmp": Path(f"{path}{end}").symlink_to("/dev/full")
+
+
+@pytest.fixture
 def tiny(folder, text, call) -> Path:
     """A working folder with the dataset `tiny`, by character."""
     (folder / "text.txt").write_bytes(text.encode())

@@ -6,11 +6,13 @@ file has one a row, in its column `text`; any other is one document. .gz is unpa
 
 import codecs
 import contextlib
+import errno
 import glob
 import gzip
 import hashlib
 import itertools
 import json
+import os
 import re
 import sys
 import zlib
@@ -23,7 +25,7 @@ import numpy as np
 
 from quill.data.tokenizers import code_points
 from quill.errors import InputError, needs_extra
-from quill.files import sha256_of_file, show_progress
+from quill.files import open_file, sha256_of_file, show_progress
 
 CHUNK_BYTES = 1 << 20
 LONGEST_LINE = 1 << 26  # bytes of a .jsonl file
@@ -45,10 +47,7 @@ class Corpus:
         """name: a file, a folder with everything below it, or a pattern such as books/*.txt."""
         self.files = _find(name)
         self.is_one_text = len(self.files) == 1 and _kind(self.files[0]) == "txt"
-        try:
-            self.n_bytes = sum(path.stat().st_size for path in self.files)
-        except OSError as error:
-            raise InputError(f"{error.filename}: {error.strerror}") from None
+        self.n_bytes = sum(path.stat().st_size for path in self.files)
         self.n_documents = self.n_chars = 0  # so far, in the latest pass
 
     def documents(self, doing: str) -> Iterator[list[Section]]:
@@ -109,17 +108,37 @@ def survey(corpus: Corpus) -> Survey:
 def _find(name: str) -> list[Path]:
     path = Path(name)
     if path.is_dir():
-        found = [p for p in path.rglob("*") if p.name.lower().endswith(IN_FOLDERS)]
-        found = [p for p in found if not re.search(r"(^|/)\.", p.relative_to(path).as_posix())]
+        found = [p for p in _walk(name) if p.lower().endswith(IN_FOLDERS)]
         wanted = f"no {', '.join(IN_FOLDERS)} in it"
     elif not path.exists() and glob.has_magic(name):
-        found = glob.glob(name, recursive=True)  # noqa: PTH207 (Path's takes no absolute pattern)
-        wanted = "no file matches"
+        found, wanted = _glob(name), "no file matches"
     else:
         return [path]
     if not (files := sorted(p for p in map(Path, found) if p.is_file())):
         raise InputError(f"input={name}: {wanted}")
     return files
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """The files at any depth, but for hidden ones; raises OSError for a folder it cannot read."""
+
+    def fail(error: OSError):
+        raise error
+
+    for root, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (f"{root}/{name}" for name in names if not name.startswith("."))
+
+
+def _glob(pattern: str) -> list[str]:
+    """The paths that match; raises OSError for a folder that glob would leave out, unreadable."""
+    parts = Path(pattern).parts
+    for n in range(1, len(parts)):
+        needed = os.R_OK | os.X_OK if glob.has_magic(parts[n]) else os.X_OK
+        for folder in glob.glob(str(Path(*parts[:n], "")) + "/", recursive=True):  # noqa: PTH207
+            if not os.access(folder, needed):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+    return glob.glob(pattern, recursive=True)  # noqa: PTH207 (Path's takes no absolute pattern)
 
 
 # Each yields documents, as lists of (texts, has_loss), and calls `show` with the bytes it has read.
@@ -136,13 +155,7 @@ def _kind(path: Path) -> str:
 @contextlib.contextmanager
 def _open(path: Path):
     """-> a file of the contents, and the file itself, whose position is the progress."""
-    try:
-        if not path.is_file():
-            raise InputError(f"{path} is not a file that can be read twice; save it to one first")
-        raw = path.open("rb")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    with raw:
+    with open_file(path) as raw:  # a pipe could not be read twice
         try:
             yield (gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw), raw
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
@@ -192,7 +205,7 @@ def _document(line: bytes) -> list:
         return []
     if len(line) > LONGEST_LINE:
         raise ValueError(f"longer than {LONGEST_LINE:,} bytes")
-    record = json.loads(line)
+    record = json.loads(line.decode("utf-8-sig"))  # given bytes, json lets half characters pass
     has_loss = {"text": True, "prompt": False, "completion": True}
     fields = [field for field in has_loss if isinstance(record, dict) and field in record]
     if fields not in (["text"], ["prompt", "completion"]):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from quill.errors import InputError
-from quill.files import atomic_write, finish_atomic_write, sha256_of_file
+from quill.files import atomic_write, finish_atomic_write, open_file, sha256_of_file
 
 FORMAT_VERSION = 3
 SPLITS = ("train", "val")
@@ -85,9 +85,8 @@ def checksum_of(fields: dict) -> str:
 def read_meta(path: Path) -> Meta:
     """Raises `InputError` when the file is missing, broken or not a Quill dataset's."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+        with open_file(path) as file:
+            fields = json.loads(file.read().decode("utf-8"))
     except (ValueError, RecursionError):
         raise InputError(f"{path} is not valid JSON; prepare the dataset again") from None
     types_of = typing.get_type_hints(Meta)
@@ -113,9 +112,13 @@ def read(folder: Path, verify: bool = True) -> tuple[Meta, dict[str, np.ndarray]
     if verify:
         finish_atomic_write(*_paths(folder, [*SPLITS, *MASKS]), verify=_is_meta)
     if not (folder / "meta.json").exists():
+        others = sorted(path.parent.name for path in folder.parent.glob("*/meta.json"))
+        offer = (
+            f"; or take one that is: --dataset={' or --dataset='.join(others)}" if others else ""
+        )
         raise InputError(
             f"dataset {folder.name!r} is not prepared ({folder / 'meta.json'} is missing): run "
-            f"`python prepare.py {folder.name}`, with --input=FILE for a text of your own"
+            f"`python prepare.py {folder.name}`, with --input=FILE for a text of your own{offer}"
         )
     meta = read_meta(folder / "meta.json")
     return meta, {name: _map(folder, name, meta, verify) for name in meta.sha256_of}
@@ -125,10 +128,10 @@ def _map(folder: Path, name: str, meta: Meta, verify: bool) -> np.ndarray:
     path = folder / f"{name}.bin"
     n_tokens = meta.train_tokens if name.startswith("train") else meta.val_tokens
     dtype = np.dtype("uint8" if name in MASKS else meta.dtype).newbyteorder("<")
-    try:
-        n_bytes = path.stat().st_size
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; prepare the dataset again") from None
+    if not path.exists():
+        raise InputError(f"{path} is missing; prepare the dataset again")
+    with open_file(path) as file:
+        n_bytes = file.seek(0, 2)
     if n_bytes != n_tokens * dtype.itemsize or n_bytes == 0:
         raise InputError(
             f"{path} has {n_bytes:,} bytes where meta.json says {n_tokens:,} tokens of "

@@ -7,7 +7,7 @@ from pathlib import Path
 import requests
 
 from quill.errors import RunError
-from quill.files import file_lock, sha256_of_file, show_progress
+from quill.files import file_lock, refuse_special_files, sha256_of_file, show_progress
 
 TIMEOUT_SECONDS = 20  # without a byte
 # An attempt may take PATIENCE_SECONDS, and the time that all bytes need at the slowest rate.
@@ -26,6 +26,7 @@ def download(urls: tuple[str, ...], path: Path, n_bytes: int, sha256: str, advic
     """
     part, reasons = path.with_name(path.name + ".part"), {}
     with file_lock(path.parent):
+        refuse_special_files(path, part)
         for attempt in range(ATTEMPTS):
             for url in urls:
                 try:

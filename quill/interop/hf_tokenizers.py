@@ -10,6 +10,7 @@ from pathlib import Path
 
 from quill.data.tokenizers import END_OF_TEXT, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
 from quill.errors import InputError
+from quill.files import open_file
 
 _BYTES = [bytes([b]) for b in range(256)]
 # GPT-2's byte encoder: a visible byte is spelled as itself, the others from U+0100 on.
@@ -57,12 +58,11 @@ def read_json(path: Path) -> dict:
 
 
 def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 at byte {error.start}") from None
+    with open_file(path) as file:
+        try:
+            return file.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not UTF-8 at byte {error.start}") from None
 
 
 def _char_tokenizer(spec: dict) -> CharTokenizer:

@@ -16,7 +16,7 @@ import torch
 from model import GPT, GPTConfig
 from quill.data.tokenizers import END_OF_TEXT, Tokenizer
 from quill.errors import InputError, needs_extra
-from quill.files import atomic_write, file_lock
+from quill.files import atomic_write, file_lock, open_file
 from quill.interop import hf_tokenizers
 from quill.training import checkpoint
 from quill.training.models import BigramConfig, state_shapes
@@ -138,11 +138,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{path} holds no model.safetensors, the only form that is read")
     tensors = {}
     for file in files:
+        open_file(file).close()  # safe_open does not say why it fails
         try:
-            file.open("rb").close()  # safe_open does not say why it fails
             handle = safetensors.safe_open(file, framework="pt")
-        except PermissionError as error:
-            raise InputError(f"{file}: {error.strerror}") from None
         except (OSError, safetensors.SafetensorError) as error:
             raise InputError(f"{file} is not a safetensors file, or damaged: {error}") from None
         for name in handle.keys():  # noqa: SIM118, it cannot be iterated

@@ -8,7 +8,7 @@ from quill.data import dataset_files
 from quill.errors import InputError
 from quill.files import dataset_folder
 from quill.interop import pretrained
-from quill.training import checkpoint, devices, distributed
+from quill.training import checkpoint, devices, distributed, run_folder
 
 
 def find_start(config, argv: list[str], usage: str) -> tuple:
@@ -20,14 +20,17 @@ def find_start(config, argv: list[str], usage: str) -> tuple:
     """
     out_dir, is_main = Path(config.out_dir), distributed.is_main()
     saved = start = base = None
+    if writes := is_main and not config.eval_only:
+        run_folder.refuse_what_cannot_be_saved(out_dir)
     with distributed.main_first():
         paths = (out_dir / checkpoint.LATEST, out_dir / checkpoint.PREVIOUS)
         can_resume = any(path.exists() for path in paths)
         if config.init_from == "resume" or (config.init_from == "auto" and can_resume):
-            may_move = is_main and not config.eval_only
-            saved = checkpoint.load_latest(out_dir, may_move, is_quiet=not is_main)
+            saved = checkpoint.load_latest(out_dir, may_move=writes, is_quiet=not is_main)
             base = saved["config"]
-        elif (start := _load_start(config, argv, usage)) is not None:
+        elif writes and config.init_from != "auto" and not config.overwrite:
+            run_folder.refuse_to_overwrite(out_dir)
+        if saved is None and (start := _load_start(config, argv, usage)) is not None:
             base = start.options()
     if base is not None:
         loaded = settings.load(type(config), argv, usage=usage, base=base)

@@ -48,7 +48,8 @@ class PromptLoop:
             if name == "seed":
                 self.n_prompts = 0
         else:
-            raise InputError(f"/{name}: no such command; /help lists them")
+            hint = settings.did_you_mean(name, [*OPTIONS, "help", "quit"], "/")
+            raise InputError(f"/{name}: no such command{hint or '; /help lists them'}")
 
     def help_text(self) -> str:
         lines = {

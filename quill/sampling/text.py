@@ -80,9 +80,7 @@ def read_prompt(start: str) -> str:
     if start.startswith("FILE:"):
         path = Path(start.removeprefix("FILE:"))
         try:
-            text = path.read_bytes().decode("utf-8")
-        except OSError as error:
-            raise InputError(f"prompt file {path}: {error.strerror}") from None
+            text = path.read_bytes().decode("utf-8-sig")  # without the mark, as prepare.py reads
         except UnicodeDecodeError as error:
             raise InputError(f"prompt file {path} is not UTF-8 at byte {error.start}") from None
     if not text:

@@ -9,15 +9,14 @@ import hashlib
 import math
 import pickle
 import struct
-import sys
 import warnings
 import zipfile
 from pathlib import Path
 
 import torch
 
-from quill.errors import InputError
-from quill.files import atomic_write, sha256_of
+from quill.errors import InputError, describe_os_error, print_note
+from quill.files import atomic_write, open_file, sha256_of
 from quill.training.devices import is_out_of_memory
 
 LATEST, PREVIOUS, BEST = "ckpt.pt", "ckpt.previous.pt", "best.pt"
@@ -74,21 +73,13 @@ def save_checkpoint(path: Path, contents: dict, previous: Path | None = None) ->
         file.write(checksum_comment(hashing.digest))
 
 
-def save_latest(out_dir: Path, contents: dict, keep_previous: bool) -> None:
-    """Write ckpt.pt; what it held is kept as ckpt.previous.pt, if that was of the same run."""
-    previous = out_dir / PREVIOUS
-    save_checkpoint(out_dir / LATEST, contents, previous if keep_previous else None)
-    if not keep_previous:
-        previous.unlink(missing_ok=True)
-
-
 def checksum_comment(digest) -> bytes:
     return struct.pack("<H", COMMENT_BYTES) + COMMENT + digest.hexdigest().encode()
 
 
 def is_whole(path: Path) -> bool:
     """Whether the file has the checksum that it ends with."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         n_bytes = file.seek(0, 2) - len(NO_COMMENT) - COMMENT_BYTES
         file.seek(0)
         digest = sha256_of(file, max(0, n_bytes))
@@ -98,7 +89,7 @@ def is_whole(path: Path) -> bool:
 
 def has_checksum(path: Path) -> bool:
     """Whether the file ends as those that `save_checkpoint` writes."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         file.seek(max(0, file.seek(0, 2) - COMMENT_BYTES))
         return file.read(len(COMMENT)) == COMMENT
 
@@ -113,8 +104,8 @@ def load_checkpoint(path: Path, *, for_resume: bool = False) -> dict:
             )
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing: train first, or check --out_dir") from None
-    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+    except OSError as error:
+        raise DamagedError(describe_os_error(error)) from None
     contents = read_archive(path, WITH_TENSORS)
     version = contents.get("quill_checkpoint")
     if type(version) is not int or version != SCHEMA_VERSION:
@@ -208,10 +199,7 @@ def load_latest(out_dir: Path, may_move: bool, is_quiet: bool = False) -> dict:
             aside = path.replace(path.with_suffix(".damaged"))
             error = f"{error}; kept as {aside}"
         if not is_quiet:
-            print(
-                f"{error}\ngoing on from {previous}, saved after step {contents['step']}",
-                file=sys.stderr,
-            )
+            print_note(f"{error}\ngoing on from {previous}, saved after step {contents['step']}")
         return contents
 
 

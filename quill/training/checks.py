@@ -61,17 +61,32 @@ def check_resume(config, data, model_config, saved: dict) -> None:
         free |= now.keys() - {"model"}
     different = differences(then, now, free)
     tokenizer = tokenizers.from_json(saved["tokenizer"], str(path))
+    changed = []
     if tokenizer.to_json() != data.tokenizer.to_json():
-        different.append(f"dataset {config.dataset!r} now has another tokenizer")
+        changed.append("another tokenizer")
     if saved.get("text_sha256") != data.meta.sha256:
-        different.append(f"dataset {config.dataset!r} is now made of another text")
+        changed.append("another text")
+    if changed:
+        different.append(f"dataset {config.dataset!r} now has {' and '.join(changed)}")
     if different:
+        way_out = how_to_prepare_again(saved) if changed else "leave these options out"
         raise InputError(
-            f"{path} cannot be resumed: {', '.join(different)}; leave these options out, or "
-            "start a new run in another --out_dir"
+            f"{path} cannot be resumed: {', '.join(different)}; {way_out}, or start a new run in "
+            "another --out_dir"
         )
     if saved["step"] > config.max_iters:
         raise InputError(f"max_iters={config.max_iters} lies before step {saved['step']} of {path}")
+
+
+def how_to_prepare_again(saved: dict) -> str:
+    """The dataset that the checkpoint was trained on."""
+    name, kind = saved["config"].get("dataset"), saved["tokenizer"].get("kind")
+    source, sha256 = saved.get("text_source", "TEXT"), saved.get("text_sha256")
+    given = "" if source == name else f" --input={source} --tokenizer={kind}"
+    return (
+        f"prepare the run's again (python prepare.py {name}{given} --overwrite=true; its text "
+        f"{source} has the SHA-256 {sha256:.12}...)"
+    )
 
 
 def check_start(config, data, start) -> None:

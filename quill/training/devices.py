@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from quill.errors import InputError, RunError
+from quill.errors import InputError, RunError, print_note
 
 # Dense bf16/fp16 matrix rate in FLOP/s by words of the device's name, from the vendor's data
 # sheets; the first match counts. For any other device no MFU is reported.
@@ -86,7 +86,7 @@ def pick_compile(setting: bool | str, device: torch.device) -> bool:
         reason = str(error).strip().partition("\n")[0]
         if setting is True:
             raise InputError(f"compile=true: {reason}; leave it out") from None
-        print(f"without torch.compile, so slower: {reason}", file=sys.stderr)
+        print_note(f"without torch.compile, so slower: {reason}")
         return False
     return True
 

@@ -49,6 +49,10 @@ _store = None  # torchrun's key-value store: processes find each other and count
 def session():
     """In the block, when one process fails all stop, with one message and its exit code."""
     global _store
+    if not re.fullmatch("[1-9][0-9]{0,5}", n := os.environ.get("WORLD_SIZE", "1")):
+        raise InputError(
+            f"WORLD_SIZE={n[:100]!r} is no number of processes: start it with torchrun"
+        )
     if world_size() == 1:
         yield
         return

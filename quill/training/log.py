@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import errno
 import json
 import math
 import os
@@ -11,10 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-from quill.errors import InputError, needs_extra
+from quill.errors import InputError, flush_or_discard, needs_extra
 from quill.files import atomic_write
-from quill.training import devices, distributed
+from quill.training import devices, distributed, run_folder
 from quill.training.checkpoint import Progress
+from quill.training.optimizers import misfits_of_schedule
 
 SLOW_RUN_SECONDS = 3600
 
@@ -39,16 +41,17 @@ class Logger:
     def __init__(self, run):
         config = dataclasses.asdict(run.config)
         self.out_dir, self.max_iters = Path(run.config.out_dir), run.config.max_iters
-        self.path = self.out_dir / "metrics.jsonl"
-        self.resumed = dataclasses.replace(run.progress) if run.owns_checkpoint else None
+        self.path = self.out_dir / run_folder.METRICS
+        self.resumed = dataclasses.replace(run.progress) if run.is_resumed else None
         self.warns_if_slow = run.device.type == "cpu"
+        self.smooth_ms_per_step: float | None = None
         self.file = None
         self.dashboards = _open_dashboards(self.out_dir, config, self.resumed)
-        print(run_summary(run), flush=True)
+        say(run_summary(run))
 
     def evaluation(self, record: dict, is_best: bool) -> None:
         self._write(record)
-        print(evaluation_text(record, ", best so far" if is_best else ""), flush=True)
+        say(evaluation_text(record, ", best so far" if is_best else ""))
 
     def step(self, record: dict) -> None:
         """A log line."""
@@ -57,10 +60,13 @@ class Logger:
         line = f"step {record['step']}/{self.max_iters}: loss {loss:.4f}"
         if record["ms_per_step"] is not None:
             line += self._pace(record)
-        print(line, flush=True)
+        say(line)
 
     def _pace(self, record: dict) -> str:
-        to_go = record["ms_per_step"] / 1000 * (self.max_iters - record["step"])
+        ms = record["ms_per_step"]
+        before = ms if self.smooth_ms_per_step is None else self.smooth_ms_per_step
+        self.smooth_ms_per_step = 0.9 * before + 0.1 * ms  # or the time to go would jump
+        to_go = self.smooth_ms_per_step / 1000 * (self.max_iters - record["step"])
         text = f", {record['ms_per_step']:.1f} ms/step, {record['tokens_per_s']:,.0f} tokens/s"
         text += f", mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
         text += f", {datetime.timedelta(seconds=round(to_go))} to go"
@@ -73,18 +79,18 @@ class Logger:
     def skipped(self, step: int, n_skipped: int, n_allowed: int) -> None:
         """An update that was not made, because its loss or gradient was not finite."""
         self._write({"step": step, "skipped": n_skipped})
-        print(f"step {step}: not finite, update skipped ({n_skipped} of {n_allowed})", flush=True)
+        say(f"step {step}: not finite, update skipped ({n_skipped} of {n_allowed})")
 
     def done(self, progress: Progress) -> None:
         best = f"best val loss {progress.best_val_loss:.4f}"
         command = f"python sample.py --out_dir={shlex.quote(str(self.out_dir))}"
-        print(f"done after step {progress.step}, {best}; next: {command}", flush=True)
+        say(f"done after step {progress.step}, {best}; next: {command}")
 
     def stopped(self, progress: Progress, signal_number: int) -> None:
         command = "python" if distributed.world_size() == 1 else "torchrun ..."
         command += f" train.py --out_dir={shlex.quote(str(self.out_dir))} --init_from=resume"
         name = signal.Signals(signal_number).name
-        print(f"{name}: saved after step {progress.step}; resume with: {command}", flush=True)
+        say(f"{name}: saved after step {progress.step}; resume with: {command}")
 
     def close(self) -> None:
         if self.file is not None:
@@ -119,6 +125,16 @@ class Logger:
         known = {names.get(k, k): value for k, value in record.items() if value is not None}
         for dashboard in self.dashboards:
             dashboard.send(known)
+
+
+def say(text: str) -> None:
+    """Print it. A terminal that was closed since (SIGHUP says so) does not end a run unsaved."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        flush_or_discard(sys.stdout)
 
 
 class StepTimer:
@@ -167,9 +183,10 @@ def run_summary(run) -> str:
     ]
     if n_cut := data.train.n_cut:
         lines.append(f"{n_cut:,} pairs are longer than block_size={config.block_size} and cut")
+    lines += misfits_of_schedule(config)
     if run.compiles:
         lines.append("compiling: up to a minute, before and after the first evaluation")
-    if run.owns_checkpoint:
+    if run.is_resumed:
         lines.append(f"resuming after step {run.progress.step} of {config.max_iters}")
     return "\n".join(lines)
 
@@ -194,7 +211,7 @@ def _lines_up_to(path: Path, progress: Progress) -> list[bytes]:
             last = progress.evaluated_step if "val_loss" in record else progress.step
             if line.endswith(b"\n") and record["step"] <= last:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return kept
 

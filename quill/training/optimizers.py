@@ -147,6 +147,19 @@ def set_lr(optimizers: list, config: OptimizerOptions, step: int) -> None:
                 group["lr"] = lr
 
 
+def misfits_of_schedule(config: OptimizerOptions) -> list[str]:
+    """In words, what of the learning rate's schedule lies beyond the end of the run."""
+    n, warmup = config.max_iters, config.warmup_iters
+    end = config.lr_decay_iters or n
+    if config.lr_schedule == "constant" or not config.decay_lr or n == 0:
+        return []
+    if warmup >= min(n, end):
+        return [f"warmup_iters={warmup} leaves no step of {min(n, end)} at the full learning rate"]
+    if end > n:
+        return [f"lr_decay_iters={end} lies beyond max_iters={n}: min_lr is not reached"]
+    return [f"from step {end} on the learning rate is min_lr={config.min_lr}"] if end < n else []
+
+
 def get_lr(config: OptimizerOptions, step: int) -> float:
     """AdamW's learning rate for the update after `step` updates: warm-up, then the decay."""
     if config.lr_schedule == "constant" or not config.decay_lr:

@@ -5,7 +5,6 @@ new best stays in memory until the next save, which writes best.pt first: no ckp
 knows of a lower val loss than that of the best.pt beside it.
 """
 
-import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,14 +19,10 @@ class Saver:
     still in memory is written too; whether that succeeds or not, the block's error is what counts.
     """
 
-    def __init__(self, out_dir: Path, seconds: float, is_resumed: bool):
+    def __init__(self, out_dir: Path, seconds: float):
         """seconds: at least so many pass from one save to the next, but for the last ones."""
         self.out_dir, self.seconds = out_dir, seconds
         self.saved_at = time.monotonic()
-        names = (checkpoint.LATEST, checkpoint.PREVIOUS, checkpoint.BEST)
-        if not is_resumed and any((out_dir / name).exists() for name in names):
-            # Another run's: replaced at the first evaluation, so that a resume continues this one.
-            self.saved_at = -math.inf
         self.pending_best: dict | None = None
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.last_save: Future | None = None
@@ -46,17 +41,20 @@ class Saver:
         is_due = is_time and (always or self.pending_best is not None)
         return bool(distributed.all_reduce_max(int(is_due and distributed.is_main())))
 
-    def start(self, contents: dict, keep_previous: bool) -> None:
+    def start(self, contents: dict) -> None:
         """Begin to write the pending best, if there is one, and then ckpt.pt."""
         if distributed.is_main():
             best, self.pending_best = self.pending_best, None
-            self.last_save = self.thread.submit(self._write, best, contents, keep_previous)
+            self.last_save = self.thread.submit(self._write, best, contents)
             self.saved_at = time.monotonic()
 
-    def _write(self, best: dict | None, contents: dict, keep_previous: bool) -> None:
+    def _write(self, best: dict | None, contents: dict) -> None:
         if best is not None:
             checkpoint.save_checkpoint(self.out_dir / checkpoint.BEST, best)
-        checkpoint.save_latest(self.out_dir, contents, keep_previous)
+        latest, previous = (
+            self.out_dir / name for name in (checkpoint.LATEST, checkpoint.PREVIOUS)
+        )
+        checkpoint.save_checkpoint(latest, contents, previous)
 
     def wait(self) -> None:
         """Until the last save is on the disk; raises the error that it failed with."""

@@ -4,15 +4,14 @@ import json
 from pathlib import Path
 
 from quill.errors import InputError
+from quill.files import open_file
 
 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl; raises InputError for one without an evaluation."""
-    try:
+    with open_file(path) as file:
         # After the last line end there is nothing, or a line cut short by a kill.
-        *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); check --out_dir") from None
+        *lines, _ = file.read().split(b"\n")
     records = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -157,7 +157,6 @@ def test_a_plan_is_close_to_what_training_takes(tiny, call, flags):
 
 def test_what_cannot_be_planned_or_measured(folder, call):
     for flags, complaint in [
-        (["--plan", "--dataset=nowhere"], "not prepared"),
         (
             [
                 "--plan",

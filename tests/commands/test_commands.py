@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -124,6 +125,7 @@ def test_a_reader_that_leaves_early(tiny, call):
     done = subprocess.run(line, shell=True, capture_output=True)
     assert done.stderr == b"" and len(done.stdout) == 20
     train = f"{sys.executable} {REPO}/train.py {' '.join(TINY)} --max_iters=5000 --log_interval=1"
+    train += " --overwrite=true"
     done = subprocess.run(f"({train}; echo $? >code) | head -n 5", shell=True, capture_output=True)
     assert done.stderr.startswith(b"error: nobody reads") and Path("code").read_text() == "1\n"
 
@@ -193,7 +195,7 @@ def write(path: str, content: str | bytes):
         (["--dataset=../tiny"], None, "plain folder name"),
         ([], lambda: write("data/tiny/train.bin", b"abc"), "train.bin has 3 bytes"),
         ([], lambda: write("data/tiny/val.bin", b""), "val.bin has 0 bytes"),
-        ([], lambda: Path("data/tiny/val.bin").unlink(), "val.bin: No such file"),
+        ([], lambda: Path("data/tiny/val.bin").unlink(), "val.bin is missing"),
         ([], lambda: write("data/tiny/meta.json", "{"), "not valid JSON"),
         ([], lambda: write("data/tiny/meta.json", "{}"), "does not describe a dataset"),
         ([], lambda: spoil_ids("val"), "val.bin: token id 65535 does not fit"),
@@ -219,7 +221,7 @@ def test_wrong_input_to_train(tiny, call, argv, damage, complaint):
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
     if damage:
         damage()
-    code, _, err = call("train", *TINY, *argv)
+    code, _, err = call("train", *TINY, "--overwrite=true", *argv)
     assert code == 2 and is_one_error_line(err) and complaint in err
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
 
@@ -250,15 +252,19 @@ def test_wrong_input_to_resume(tiny, call, argv, damage, complaint):
 def test_resume_on_another_text_is_refused(tiny, call):
     call("train", *TINY)
     write("other.txt", "completely different characters 0123456789 " * 30)
-    call("prepare", "tiny", "--input=other.txt")
+    call("prepare", "tiny", "--input=other.txt", "--overwrite=true")
     code, _, err = call("train", "--init_from=resume")
-    assert code == 2 and "vocab_size is" in err and "another tokenizer" in err
+    assert code == 2 and "vocab_size is" in err and "another tokenizer and another text" in err
+    argv = re.search(r"python prepare.py (.*?);", err)[1].split()
+    assert argv == ["tiny", "--input=text.txt", "--tokenizer=char", "--overwrite=true"]
+    assert call("prepare", *argv)[0] == 0
+    assert call("train", "--init_from=resume")[0] == 0
 
 
 def test_resume_on_a_changed_text_is_refused(tiny, call, text):
     call("train", *TINY)
     write("text.txt", text[::-1])
-    call("prepare", "tiny", "--input=text.txt")
+    call("prepare", "tiny", "--input=text.txt", "--overwrite=true")
     code, _, err = call("train", "--init_from=resume")
     assert code == 2 and "another text" in err
 
@@ -272,21 +278,20 @@ def test_an_error_from_a_real_process(folder):
 def test_a_folder_that_cannot_be_written(tiny, call):
     Path("locked").mkdir(mode=0o500)
     code, _, err = call("train", *TINY, "--out_dir=locked/out")
-    assert code == 1 and is_one_error_line(err) and "locked/out: Permission denied" in err
+    assert code == 2 and is_one_error_line(err) and "locked/out: Permission denied" in err
 
 
 def test_an_out_dir_that_is_a_file(tiny, call):
     write("taken", "x")
     code, _, err = call("train", *TINY, "--out_dir=taken")
-    assert code == 2 and is_one_error_line(err) and "taken: there is a file" in err
+    assert code == 2 and is_one_error_line(err) and "taken: File exists" in err
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("name", ["ckpt.pt", "best.pt"])
-def test_a_full_disk_ends_the_run_and_keeps_what_was_there(tiny, call, name):
+def test_a_full_disk_ends_the_run_and_keeps_what_was_there(tiny, call, full_disk, name):
     call("train", *TINY)
     before = Path(f"out/{name}").read_bytes()
-    Path(f"out/{name}.tmp").symlink_to("/dev/full")
-    code, _, err = call("train", *TINY, "--seed=5")
+    full_disk(f"out/{name}")
+    code, _, err = call("train", *TINY, "--init_from=resume", "--max_iters=9")
     assert code == 1 and is_one_error_line(err) and "No space left" in err and "out" in err
     assert Path(f"out/{name}").read_bytes() == before

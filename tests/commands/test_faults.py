@@ -143,7 +143,8 @@ def test_prepare_killed_at_random_moments(folder, n_faults, text):
     assert command("prepare", "d", "--input=old.txt").returncode == 0
     found = dict.fromkeys([*texts, "new, of which between two renames"], 0)
     for fault in range(n_faults):
-        run = start("prepare", "d", f"--input={['new', 'old'][fault % 2]}.txt")
+        given = f"--input={['new', 'old'][fault % 2]}.txt"
+        run = start("prepare", "d", given, "--overwrite=true")
         if fault % 4 < 2:
             wait_until(run, lambda: is_writing("data/d"))
             time.sleep(rng.uniform(0, 0.02))
@@ -153,7 +154,7 @@ def test_prepare_killed_at_random_moments(folder, n_faults, text):
         assert run.communicate()[1] == ""
         found["new, of which between two renames"] += not Path("data/d/meta.json").exists()
         found[expected[dataset_files.read(Path("data/d"))[0].sha256]] += 1
-    assert command("prepare", "d", "--input=new.txt").returncode == 0
+    assert command("prepare", "d", "--input=new.txt", "--overwrite=true").returncode == 0
     assert dataset_files.read(Path("data/d"))[0] == dataset_files.read(Path("data/new"))[0]
     print(f"\n{n_faults} kills of prepare; the dataset was then {found}")
 
@@ -251,12 +252,12 @@ def test_a_full_disk_stops_prepare_and_keeps_the_dataset(folder, n_faults, text)
         before = dataset_files.read(Path("data/d"))[0]
         for _ in range(n_faults):
             filler = fill("data", rng.randrange(0, 250))
-            done = command("prepare", "d", "--input=new.txt")
+            done = command("prepare", "d", "--input=new.txt", "--overwrite=true")
             assert done.returncode == 1 and is_one_error_line(done.stderr)
             assert "No space left" in done.stderr and not is_writing("data/d")
             assert dataset_files.read(Path("data/d"))[0] == before
             filler.unlink()
-        assert command("prepare", "d", "--input=new.txt").returncode == 0
+        assert command("prepare", "d", "--input=new.txt", "--overwrite=true").returncode == 0
     print(f"\n{n_faults} full disks in prepare: the old dataset stays, one line")
 
 
@@ -339,7 +340,7 @@ def test_only_damage_leads_to_the_one_before_and_only_a_run_moves_it(tiny, call)
 
 def test_a_run_never_goes_on_from_another_ones_checkpoint(tiny, call):
     call("train", *TINY)
-    call("train", *TINY, "--seed=9", "--max_iters=0")
+    call("train", *TINY, "--seed=9", "--max_iters=0", "--overwrite=true")
     Path("out/ckpt.pt").write_bytes(b"")
     code, _, err = call("train", *TINY, "--init_from=resume")
     assert code == 2 and is_one_error_line(err) and "is damaged" in err
@@ -357,7 +358,7 @@ def test_a_checkpoint_that_reads_back_differently_is_not_kept(tiny, call, monkey
         return write(self, data)
 
     monkeypatch.setattr(checkpoint.HashingFile, "write", lossy)
-    code, _, err = call("train", *TINY, "--seed=3")
+    code, _, err = call("train", "--init_from=resume", "--max_iters=9")
     assert code == 1 and is_one_error_line(err) and "what was read back is not what" in err
     assert Path("out/ckpt.pt").read_bytes() == before
 
@@ -376,7 +377,7 @@ def test_a_second_trainer_is_refused(tiny, call):
     assert Path("out/best.pt").read_bytes() == before
     run.kill()
     run.communicate()
-    assert call("train", *TINY)[0] == 0, "a killed run holds nothing"
+    assert call("train", *TINY, "--overwrite=true")[0] == 0, "a killed run holds nothing"
 
 
 def test_a_second_prepare_is_refused(tiny, call):

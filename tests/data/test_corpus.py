@@ -98,7 +98,7 @@ def test_only_completions_carry_loss(folder, call):
         answers = "".join(f"{pair['completion']}{END}" for pair in expected)
         assert tokenizers.decode(tokenizer, ids[mask == 1].tolist()) == answers
     Path("pairs.jsonl").write_bytes(jsonl([{"text": str(i)} for i in range(10)]))
-    assert call("prepare", "sums", "--input=pairs.jsonl")[0] == 0
+    assert call("prepare", "sums", "--input=pairs.jsonl", "--overwrite=true")[0] == 0
     assert [*dataset_files.read(Path("data/sums"))[1]] == ["train", "val"]
 
 
@@ -204,7 +204,7 @@ def test_a_windows_mark_is_no_character(folder, call):
 
 def test_each_file_and_its_kind_count(folder, call):
     write_texts(Path("in"), ["one ", "two ", "three "])
-    argv = ("prepare", "mine", "--input=in", "--tokenizer=byte")
+    argv = ("prepare", "mine", "--input=in", "--tokenizer=byte", "--overwrite=true")
     assert call(*argv)[1].startswith("made")
     Path("in/0002.txt").write_text("four ")
     assert call(*argv)[1].startswith("made")

@@ -153,9 +153,8 @@ def test_whatever_is_there_the_result_is_right(folder, server, path, part):
     assert Path("got.txt").read_bytes() == Server.body
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_names_the_file(folder, server):
-    Path("got.txt.part").symlink_to("/dev/full")
+def test_a_full_disk_names_the_file(folder, server, full_disk):
+    full_disk("got.txt", ".part")
     with pytest.raises(OSError, match="No space left") as caught:
         fetch(server, "/good")
     assert caught.value.filename == "got.txt.part"

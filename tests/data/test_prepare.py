@@ -52,11 +52,21 @@ def test_again_says_up_to_date_and_a_change_is_prepared_anew(folder, call):
     made = (folder / "data/mine/train.bin").stat().st_mtime_ns
     assert call(*argv)[1].startswith("up to date: ")
     assert (folder / "data/mine/train.bin").stat().st_mtime_ns == made
-    assert call(*argv, "--tokenizer=byte")[1].startswith("made ")
+    prepare_anew(call, *argv, "--tokenizer=byte")
     Path("in.txt").write_text("hello world, how are we")
-    assert call(*argv, "--tokenizer=byte")[1].startswith("made ")
+    prepare_anew(call, *argv, "--tokenizer=byte")
     (folder / "data/mine/val.bin").write_bytes(b"")
-    assert call(*argv, "--tokenizer=byte")[1].startswith("made ")
+    prepare_anew(call, *argv, "--tokenizer=byte")
+
+
+def prepare_anew(call, *argv):
+    """It takes --overwrite=true where there is another dataset, or a damaged one."""
+    before = {path: path.read_bytes() for path in Path("data").rglob("*") if path.is_file()}
+    code, _, err = call(*argv)
+    assert code == 2 and is_one_error_line(err) and "or replace it by --overwrite=true" in err
+    assert {path: path.read_bytes() for path in Path("data").rglob("*") if path.is_file()} == before
+    assert call(*argv, "--overwrite=true")[1].startswith("made ")
+    assert call(*argv)[1].startswith("up to date: ")
 
 
 def test_another_datasets_tokenizer_is_reused(folder, call):
@@ -88,7 +98,7 @@ def test_another_datasets_tokenizer_is_reused(folder, call):
         (b"abc", ["mine", "--input=in.txt", "--tokenizer=words"], "use char, byte, gpt2"),
         (b"abc", ["mine", "--input=in.txt", "--tokenizer=x/meta.json"], "x/meta.json: No such"),
         (b"abc", ["mine", "--input=*.md"], "no file matches"),
-        (b"abc", ["mine", "--input=/dev/null"], "read twice"),
+        (b"abc", ["mine", "--input=/dev/null"], "not a regular file"),
         (b"abc", ["mine", "yours", "--input=in.txt"], "one dataset at a time"),
     ],
 )
@@ -104,13 +114,13 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_one_line_and_keeps_the_dataset(folder, call):
+def test_a_full_disk_is_one_line_and_keeps_the_dataset(folder, call, full_disk):
     Path("in.txt").write_text("hello world, how are you")
     call("prepare", "mine", "--input=in.txt")
     before = decoded(folder / "data/mine")
     Path("in.txt").write_text("hello world, how are we")
-    (folder / "data/mine/train.bin.tmp").symlink_to("/dev/full")
-    code, _, err = call("prepare", "mine", "--input=in.txt")
+    full_disk("data/mine/train.bin")
+    code, _, err = call("prepare", "mine", "--input=in.txt", "--overwrite=true")
     assert code == 1 and is_one_error_line(err) and "No space left" in err and "data/mine" in err
     assert decoded(folder / "data/mine") == before
 

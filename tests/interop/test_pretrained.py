@@ -251,7 +251,7 @@ def test_weights_that_do_not_fit_are_refused(tiny, call, argv, complaint):
     for name, text in (("other", "ab" * 99), ("large", letters * 9)):
         Path(f"{name}.txt").write_text(text)
         assert call("prepare", name, f"--input={name}.txt")[0] == 0
-    code, _, err = call("train", *FREE, "--init_from=first", *argv)
+    code, _, err = call("train", *FREE, "--init_from=first", "--overwrite=true", *argv)
     assert code == 2 and is_one_error_line(err) and complaint in err, err
     assert not Path("out/ckpt.pt").exists()
 

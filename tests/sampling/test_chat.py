@@ -52,7 +52,7 @@ def test_at_a_terminal(trained, call):
     answers("the king", expected[0])
     answers("king" + START_OF_LINE + "the ", expected[1])
     answers(UP, expected[2])
-    answers("/sed 1", "error: /sed: no such command; /help lists them")
+    answers("/sed 1", "error: /sed: no such command, did you mean /seed?")
     answers("/top_p 2", "error: top_p=2.0: must be at most 1")
     answers("/top_k all", "error: --top_k: expected a whole number, got 'all'")
     answers("Ω", "error: the vocabulary of 30 characters lacks 'Ω' (U+03A9): 1 of 1 characters")

@@ -113,7 +113,7 @@ def damaged(path: Path, how: str) -> None:
         ("missing", "is missing: train first"),
         ("empty", "damaged, or not a checkpoint"),
         ("text", "damaged, or not a checkpoint"),
-        ("folder", "Is a directory"),
+        ("folder", "not a regular file"),
         ("truncated", "damaged"),
         ("flipped", "damaged"),
         ("resaved", "its checksum is missing"),
@@ -163,10 +163,10 @@ def test_weights_that_do_not_fit_their_config_are_refused(folder, changes):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_keeps_the_checkpoint_that_was_there(folder):
+def test_a_full_disk_keeps_the_checkpoint_that_was_there(folder, full_disk):
     checkpoint.save_checkpoint(folder / "ckpt.pt", contents())
     before = (folder / "ckpt.pt").read_bytes()
-    (folder / "ckpt.pt.tmp").symlink_to("/dev/full")
+    full_disk(folder / "ckpt.pt")
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save_checkpoint(folder / "ckpt.pt", contents())
     assert (folder / "ckpt.pt").read_bytes() == before

@@ -158,6 +158,7 @@ def test_a_missing_extra_names_its_install_command(tiny, call, offline, monkeypa
     before = {path: path.read_bytes() for path in Path("out").rglob("*")}
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    code, _, err = call("train", *TINY, "--wandb_log=true", "--tensorboard_log=true")
+    flags = ["--wandb_log=true", "--tensorboard_log=true", "--overwrite=true"]
+    code, _, err = call("train", *TINY, *flags)
     assert code == 2 and is_one_error_line(err) and "pip install '.[track]'" in err
     assert {path: path.read_bytes() for path in Path("out").rglob("*")} == before

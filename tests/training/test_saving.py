@@ -115,25 +115,9 @@ def test_a_signal_saves_the_best_too(tiny, call, monkeypatch, saves):
     assert saves == [("best.pt", 3, 8), ("ckpt.pt", 5, 8)]
 
 
-def test_only_another_runs_files_are_replaced_at_once(tiny, call, monkeypatch):
-    """Or a resume after a kill in the first minutes would continue that other run."""
-    call("train", *TINY, "--seed=9")
-    Path("out").rename("other")
-    with monkeypatch.context() as patch:
-        after_step(patch, lambda: raised(KeyboardInterrupt()), 2)
-        assert call("train", *BY_TIME, "--out_dir=empty")[0] == 130
-        assert call("train", *BY_TIME, "--out_dir=other")[0] == 130
-    assert not list(Path("empty").glob("*.pt"))
-    latest, best = (checkpoint.load_checkpoint(Path("other", f"{f}.pt")) for f in ("ckpt", "best"))
-    assert latest["config"]["seed"] == best["config"]["seed"] == 1337
-    assert latest["step"] == best["step"] == 0 and not Path("other/ckpt.previous.pt").exists()
-    call("train", "--out_dir=other", "--init_from=resume", "--max_iters=2", "--eval_interval=1")
-    assert checkpoint.load_checkpoint(Path("other/ckpt.previous.pt"))["step"] == 0, "its own"
-
-
 def test_the_next_save_is_copied_when_the_last_is_written(tiny, call, monkeypatch):
     """So that no two of them take memory."""
-    training_state, save_latest = state_dict.training_state, checkpoint.save_latest
+    training_state, write = state_dict.training_state, Saver._write
     under_way = threading.Event()
 
     def watched_copy(*parts):
@@ -143,11 +127,11 @@ def test_the_next_save_is_copied_when_the_last_is_written(tiny, call, monkeypatc
     def slow_save(*args):
         under_way.set()
         time.sleep(0.1)
-        save_latest(*args)
+        write(*args)
         under_way.clear()
 
     monkeypatch.setattr(state_dict, "training_state", watched_copy)
-    monkeypatch.setattr(checkpoint, "save_latest", slow_save)
+    monkeypatch.setattr(Saver, "_write", slow_save)
     assert call("train", *TINY)[0] == 0
 
 
@@ -200,10 +184,10 @@ def test_the_metrics_are_on_the_disk_before_the_checkpoint(tiny, call, monkeypat
         sync(self)
         synced[:] = map(json.loads, self.path.read_text().splitlines())
 
-    def watched_start(self, contents, keep_previous):
+    def watched_start(self, contents):
         evaluated = [line["step"] for line in synced if "val_loss" in line]
         checked.append((evaluated[-1], contents["progress"]["evaluated_step"]))
-        start(self, contents, keep_previous)
+        start(self, contents)
 
     monkeypatch.setattr(Logger, "sync", watched_sync)
     monkeypatch.setattr(Saver, "start", watched_start)
@@ -215,16 +199,15 @@ def test_the_metrics_are_on_the_disk_before_the_checkpoint(tiny, call, monkeypat
 
 
 def test_no_error_of_the_last_save_is_lost(folder):
-    with pytest.raises(FileNotFoundError, match="missing"), Saver(Path("missing"), 0, False) as s:
-        s.start({}, keep_previous=False)
+    with pytest.raises(FileNotFoundError, match="missing"), Saver(Path("missing"), 0) as saver:
+        saver.start({})
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("name", ["best.pt", "ckpt.pt"])
 @pytest.mark.parametrize("moment", ["in the loop", "at the end", "at a signal"])
-def test_a_full_disk_is_one_line_and_exit_code_1(tiny, call, monkeypatch, name, moment):
+def test_a_full_disk_is_one_line_and_exit_code_1(tiny, call, full_disk, monkeypatch, name, moment):
     Path("out").mkdir()
-    Path(f"out/{name}.tmp").symlink_to("/dev/full")
+    full_disk(f"out/{name}")
     if moment == "in the loop":
         flags = [*TINY, "--max_iters=2000", "--eval_interval=2000"]
     else:

@@ -230,7 +230,7 @@ def test_an_evaluation_that_the_checkpoint_does_not_know_is_dropped(tiny):
     lines = [{"step": 0, "val_loss": 2.0}, {"step": 3, "loss": 1.5}, evaluation]
     Path("metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = new_run("--out_dir=.", "--max_iters=9")
-    run.progress, run.owns_checkpoint = Progress(step=3, evaluated_step=0), True
+    run.progress, run.is_resumed = Progress(step=3, evaluated_step=0), True
     log = Logger(run)
     log.evaluation(evaluation, is_best=False)
     log.close()
