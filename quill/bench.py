@@ -36,7 +36,7 @@ from model import GPT, MAX_LOGITS, Block
 from quill import settings
 from quill.data import dataset_files
 from quill.errors import InputError, reader_may_leave, run_command
-from quill.files import atomic_write, dataset_folder
+from quill.files import atomic_write, dataset_folder, refuse_special_files
 from quill.sampling.decoder import Decoder
 from quill.settings import option
 from quill.training import devices
@@ -87,6 +87,8 @@ def main(argv: list[str]) -> int:
         raise InputError("this measures one process: run it without torchrun")
     if config.json and not Path(config.json).parent.is_dir():
         raise InputError(f"json={config.json}: there is no such folder")
+    if config.json:
+        refuse_special_files(Path(config.json))  # before the minutes that measuring takes
     with devices.out_of_memory_advice(f"lower batch_size={config.batch_size}"):
         figures = plan(config) if config.plan else measure(config)
     width = max(map(len, figures))

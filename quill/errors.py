@@ -32,6 +32,9 @@ def run_command(main) -> None:
         if failure is None:
             raise
         message, code = failure
+        is_of_output = isinstance(error, OSError) and not error.filename
+        if is_of_output and not flush_or_discard(sys.stdout):
+            message = f"standard output: {message}"
         print_error(message)
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -55,12 +58,14 @@ def expected_failure(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
-def flush_or_discard(stream) -> None:
+def flush_or_discard(stream) -> bool:
     """What cannot be written is dropped, or Python would fail again at its end, with code 120."""
     try:
         stream.flush()
+        return True
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """What a run of train.py starts from: its own checkpoint, given weights, or random ones."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 from quill import settings
@@ -54,7 +55,8 @@ def _load_start(config, argv: list[str], usage: str) -> pretrained.Pretrained | 
         source = settings.load(type(config), files, usage=usage).init_from
     if source in ("scratch", "auto"):
         return None
-    if Path(config.out_dir).resolve() in (Path(source).resolve(), Path(source).resolve().parent):
+    folder, given = (Path(os.path.realpath(name)) for name in (config.out_dir, source))
+    if folder in (given, given.parent):
         raise InputError(
             f"out_dir={config.out_dir}: the run would write over {source}, which it starts from; "
             "choose another folder, or --init_from=resume to continue that run"
