@@ -81,11 +81,11 @@ def check_resume(config, data, model_config, saved: dict) -> None:
 def how_to_prepare_again(saved: dict) -> str:
     """The dataset that the checkpoint was trained on."""
     name, kind = saved["config"].get("dataset"), saved["tokenizer"].get("kind")
-    source, sha256 = saved.get("text_source", "TEXT"), saved.get("text_sha256")
+    source, sha256 = saved.get("text_source", "TEXT"), str(saved.get("text_sha256"))
     given = "" if source == name else f" --input={source} --tokenizer={kind}"
     return (
         f"prepare the run's again (python prepare.py {name}{given} --overwrite=true; its text "
-        f"{source} has the SHA-256 {sha256:.12}...)"
+        f"{source} has the SHA-256 {sha256[:12]}...)"
     )
 
 

@@ -269,6 +269,13 @@ def test_resume_on_a_changed_text_is_refused(tiny, call, text):
     assert code == 2 and "another text" in err
 
 
+def test_resume_of_a_checkpoint_that_does_not_know_its_text(tiny, call):
+    call("train", *TINY)
+    edit_checkpoint(lambda saved: saved.pop("text_sha256"))
+    code, _, err = call("train", "--init_from=resume")
+    assert code == 2 and is_one_error_line(err) and "another text" in err
+
+
 def test_an_error_from_a_real_process(folder):
     done = command("train", "--dataset=none")
     assert done.returncode == 2 and is_one_error_line(done.stderr) and done.stdout == ""
