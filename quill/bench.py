@@ -85,10 +85,10 @@ def main(argv: list[str]) -> int:
     config = settings.load(BenchConfig, argv, usage=__doc__)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError("this measures one process: run it without torchrun")
-    if config.json and not Path(config.json).parent.is_dir():
-        raise InputError(f"json={config.json}: there is no such folder")
-    if config.json:
-        refuse_special_files(Path(config.json))  # before the minutes that measuring takes
+    if config.json:  # before the minutes that measuring takes
+        if not Path(config.json).parent.is_dir():
+            raise InputError(f"json={config.json}: there is no such folder")
+        refuse_special_files(Path(config.json))
     with devices.out_of_memory_advice(f"lower batch_size={config.batch_size}"):
         figures = plan(config) if config.plan else measure(config)
     width = max(map(len, figures))

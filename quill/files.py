@@ -106,11 +106,8 @@ def finish_atomic_write(*paths: Path, verify) -> None:
 
     They are complete when `verify` accepts the last. Raises `InputError` if one is under way.
     """
-    if (
-        paths[-1].exists()
-        or not _temporary(paths[-1]).exists()
-        or not verify(_temporary(paths[-1]))
-    ):
+    last = _temporary(paths[-1])
+    if paths[-1].exists() or not last.exists() or not verify(last):
         return
     with file_lock(paths[0].parent):
         for path in paths:

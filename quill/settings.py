@@ -122,10 +122,10 @@ def _read_config_file(path: str) -> dict:
         raise InputError(f"{path} is a folder, not a config file; options are --NAME=VALUE")
     try:
         names = runpy.run_path(path)
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:  # a program may raise anything
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        if isinstance(error, KeyboardInterrupt):
-            raise
         what = traceback.format_exception_only(error)[-1]
         if isinstance(error, OSError) and not lines:  # of the file itself
             what = error.strerror

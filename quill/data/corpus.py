@@ -135,7 +135,7 @@ def _glob(pattern: str) -> list[str]:
     parts = Path(pattern).parts
     for n in range(1, len(parts)):
         needed = os.R_OK | os.X_OK if glob.has_magic(parts[n]) else os.X_OK
-        for folder in glob.glob(str(Path(*parts[:n], "")) + "/", recursive=True):  # noqa: PTH207
+        for folder in glob.glob(f"{Path(*parts[:n])}/", recursive=True):  # noqa: PTH207
             if not os.access(folder, needed):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
     return glob.glob(pattern, recursive=True)  # noqa: PTH207 (Path's takes no absolute pattern)

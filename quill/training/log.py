@@ -67,7 +67,7 @@ class Logger:
         before = ms if self.smooth_ms_per_step is None else self.smooth_ms_per_step
         self.smooth_ms_per_step = 0.9 * before + 0.1 * ms  # or the time to go would jump
         to_go = self.smooth_ms_per_step / 1000 * (self.max_iters - record["step"])
-        text = f", {record['ms_per_step']:.1f} ms/step, {record['tokens_per_s']:,.0f} tokens/s"
+        text = f", {ms:.1f} ms/step, {record['tokens_per_s']:,.0f} tokens/s"
         text += f", mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
         text += f", {datetime.timedelta(seconds=round(to_go))} to go"
         if self.warns_if_slow and to_go > SLOW_RUN_SECONDS:

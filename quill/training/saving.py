@@ -51,10 +51,8 @@ class Saver:
     def _write(self, best: dict | None, contents: dict) -> None:
         if best is not None:
             checkpoint.save_checkpoint(self.out_dir / checkpoint.BEST, best)
-        latest, previous = (
-            self.out_dir / name for name in (checkpoint.LATEST, checkpoint.PREVIOUS)
-        )
-        checkpoint.save_checkpoint(latest, contents, previous)
+        previous = self.out_dir / checkpoint.PREVIOUS
+        checkpoint.save_checkpoint(self.out_dir / checkpoint.LATEST, contents, previous)
 
     def wait(self) -> None:
         """Until the last save is on the disk; raises the error that it failed with."""
