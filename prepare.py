@@ -15,6 +15,7 @@ the meta.pkl of a dataset that nanoGPT prepared. In .jsonl a line is {"text": ..
 import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import numpy as np
 from quill import settings
 from quill.data import dataset_files, problems, tokenizers
 from quill.data.corpus import Corpus, Section, Survey, survey
-from quill.data.encode import encode_corpus, encode_documents
+from quill.data.encode import encode_corpus, encode_documents, train_sample
 from quill.errors import InputError, print_note, run_command
 from quill.files import dataset_folder, file_lock, sha256_of_file
 from quill.interop import hf_tokenizers, nanogpt
@@ -36,6 +37,7 @@ SHAKESPEARE_URLS = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt",
 )
+CHARS_TO_LEARN_FROM = 100_000_000  # by --tokenizer=bpe:SIZE; of a longer text, a sample
 BUILT_IN = {"shakespeare_char": "char", "shakespeare": "gpt2"}  # dataset -> tokenizer
 
 
@@ -43,7 +45,9 @@ BUILT_IN = {"shakespeare_char": "char", "shakespeare": "gpt2"}  # dataset -> tok
 class PrepareConfig:
     dataset: str = option("shakespeare_char", "folder to make below data/")
     input: str = option("", "text to use: a file, a folder or a pattern; nothing is downloaded")
-    tokenizer: str = option("", "char, byte, gpt2, or a meta.json, meta.pkl or folder that has it")
+    tokenizer: str = option(
+        "", "char, byte, gpt2, bpe:SIZE (of its own), or a meta.json, meta.pkl or folder with one"
+    )
     overwrite: bool = option(
         False, "replace a dataset of that name which is made of something else"
     )
@@ -92,7 +96,7 @@ def from_text(config: PrepareConfig) -> Source:
     if (found.n_chars if corpus.is_one_text else found.n_documents) == 1:
         raise InputError(f"{name}: one {unit} cannot be split into train and val")
     kind = config.tokenizer or BUILT_IN.get(config.dataset, "char")
-    tokenizer = choose_tokenizer(kind, found, ends_texts=not corpus.is_one_text)
+    tokenizer = choose_tokenizer(kind, corpus, found)
     described = describe(tokenizer, Path(name).name, found.sha256)
     facts = f"{found.n_chars:,} characters ({len(found.chars)} distinct) of {name}"
     if not corpus.is_one_text:
@@ -144,13 +148,17 @@ def built_in_text(name: str) -> Path:
     return SHAKESPEARE
 
 
-def choose_tokenizer(name: str, found: Survey, ends_texts: bool) -> tokenizers.Tokenizer:
+def choose_tokenizer(name: str, corpus: Corpus, found: Survey) -> tokenizers.Tokenizer:
+    ends_texts = not corpus.is_one_text
     if name == "char":
         return tokenizers.CharTokenizer(found.chars, ends_texts)
     if name == "byte":
         return tokenizers.ByteTokenizer(ends_texts)
     if name == "gpt2":
         return tokenizers.BPETokenizer.gpt2()
+    if learned := re.fullmatch("bpe:([0-9]{1,7})", name):
+        texts = train_sample(corpus, found, CHARS_TO_LEARN_FROM)
+        return hf_tokenizers.learn_bpe(texts, vocab_size=int(learned[1]))
     tokenizer = read_tokenizer(Path(name))
     try:
         tokenizer.encode(found.chars)
@@ -169,8 +177,8 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
         return nanogpt.read_tokenizer(path)
     if not path.is_dir():
         raise InputError(
-            f"tokenizer={path}: use char, byte, gpt2, a dataset's meta.json, nanoGPT's meta.pkl, "
-            "or the folder of a run or of a Hugging Face model"
+            f"tokenizer={path}: use char, byte, gpt2, bpe:4096 (or another size), a dataset's "
+            "meta.json, nanoGPT's meta.pkl, or the folder of a run or of a Hugging Face model"
         )
     if tokenizer := hf_tokenizers.read(path):
         return tokenizer
@@ -188,7 +196,7 @@ def up_to_date(folder: Path, source: Source, overwrite: bool) -> dataset_files.M
         meta, _ = dataset_files.read(folder)  # compares the checksums of all files
         if all(vars(meta)[name] == source.described[name] for name in ("sha256", "tokenizer")):
             return meta
-        found = f"another dataset, of {meta.source} by {meta.tokenizer.get('kind')}"
+        found = f"another dataset, of {meta.source} with a vocabulary of {meta.vocab_size:,}"
     except InputError as error:
         found = f"a dataset that is not usable ({error})"
     if not overwrite and any((folder / f"{split}.bin").exists() for split in dataset_files.SPLITS):

@@ -27,7 +27,7 @@ READING_PATH = {
 MAX_READING_PATH_LINES = 1900
 MAX_FUNCTION_LINES = 60
 
-EXTRAS = ("matplotlib", "safetensors", "wandb", "torch.utils.tensorboard", "pyarrow")
+EXTRAS = ("matplotlib", "safetensors", "tokenizers", "wandb", "torch.utils.tensorboard", "pyarrow")
 NOT_EVERYWHERE = ("fcntl", "readline", "resource")  # modules of some operating systems
 # Start-up time: preparing a text and drawing losses need no torch, which takes a second and 200 MB;
 # only a download needs requests, which takes longer than all else that prepares Tiny Shakespeare.

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from quill.data.corpus import Corpus, Section, Survey
-from quill.data.tokenizers import Tokenizer
+from quill.data.tokenizers import BPETokenizer, Tokenizer
 from quill.errors import InputError
 
 BATCH_CHARS = 1 << 18  # encoded at once, by one core
@@ -20,15 +20,29 @@ Document = list[Section]
 
 def encode_corpus(corpus: Corpus, found: Survey, tokenizer: Tokenizer) -> Iterator[tuple]:
     """-> (split, ids, mask) chunks; raises InputError if the corpus has changed since `found`."""
-    documents = split_corpus(corpus, found)
+    documents = split_corpus(corpus, found, "tokenizing")
     yield from encode_documents(documents, tokenizer, ends_texts=not corpus.is_one_text)
     if (corpus.n_documents, corpus.n_chars) != (found.n_documents, found.n_chars):
         raise InputError(f"{corpus.files[0]} changed while it was read; run the same command again")
 
 
-def split_corpus(corpus: Corpus, found: Survey) -> Iterator[tuple[str, Document]]:
+def train_sample(corpus: Corpus, found: Survey, n_chars: int) -> Iterator[str]:
+    """The texts of the train split; of more than n_chars, pieces spread evenly over all of it."""
+    n_seen = n_kept = 0
+    for split, document in split_corpus(corpus, found, "learning tokens from"):
+        if split == "val":
+            return
+        for section in document:
+            for text in BPETokenizer.parts(section.texts):
+                if n_kept * found.n_chars <= n_seen * n_chars:
+                    n_kept += len(text)
+                    yield text
+                n_seen += len(text)
+
+
+def split_corpus(corpus: Corpus, found: Survey, doing: str) -> Iterator[tuple[str, Document]]:
     """(split, document) pairs: the first 90 % of the documents, or characters of one, are train."""
-    documents = corpus.documents("tokenizing")
+    documents = corpus.documents(doing)
     if not corpus.is_one_text:
         n_train = int(found.n_documents * TRAIN_FRACTION)
         for i, document in enumerate(documents):

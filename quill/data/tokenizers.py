@@ -79,7 +79,10 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-    """GPT-2's byte-pair encoding, by tiktoken; special tokens in a text are ordinary characters."""
+    """A byte-pair encoding, GPT-2's own or one learned as GPT-2's was, by tiktoken.
+
+    Special tokens in a text are ordinary characters.
+    """
 
     # What cuts a text into pre-tokens before bytes are merged: GPT-2's, as tiktoken writes it.
     _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -127,12 +130,13 @@ class BPETokenizer:
     def encode(self, text: str) -> np.ndarray:
         return self._encoding.encode_to_numpy(text, disallowed_special=())
 
-    def parts(self, texts: Iterable[str]) -> Iterator[str]:
+    @classmethod
+    def parts(cls, texts: Iterable[str]) -> Iterator[str]:
         pending = ""
         for text in texts:
             pending += text
             start = 0
-            while split := self._SAFE_SPLIT.search(pending, start + self._PART_CHARS):
+            while split := cls._SAFE_SPLIT.search(pending, start + cls._PART_CHARS):
                 yield pending[start : split.start()]
                 start = split.start()
             pending = pending[start:]

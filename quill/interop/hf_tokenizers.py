@@ -1,4 +1,4 @@
-"""Tokenizers in Hugging Face's form, a tokenizer.json: read it, or write one of Quill's own.
+"""Tokenizers in Hugging Face's form, a tokenizer.json: read it, write one of Quill's, learn one.
 
 There a byte-pair encoding is a vocabulary and a list of merges, and tokens are spelled with one
 visible character for each byte, as OpenAI published GPT-2's.
@@ -6,10 +6,11 @@ visible character for each byte, as OpenAI published GPT-2's.
 
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from quill.data.tokenizers import END_OF_TEXT, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
-from quill.errors import InputError
+from quill.errors import InputError, needs_extra
 from quill.files import open_file
 
 _BYTES = [bytes([b]) for b in range(256)]
@@ -86,7 +87,7 @@ def _bpe_tokenizer(spec: dict) -> BPETokenizer | ByteTokenizer:
     ordinary, special = names[:n_ordinary], names[n_ordinary:]
     if not added.keys() <= {*special} or not {*"".join(ordinary)} <= _BYTE_DECODER.keys():
         raise ValueError("its special tokens are not the last, or the others not of bytes")
-    tokens = [bytes(_BYTE_DECODER[letter] for letter in name) for name in ordinary]
+    tokens = [*map(_bytes_of, ordinary)]
     tokenizer = BPETokenizer(tokens, special)
     if merges_of(tokens) != merges:
         raise ValueError("its merges are not in the order of its ids")
@@ -175,3 +176,37 @@ def merges_of(tokens: list[bytes]) -> list[str]:
 
 def _spelled(token: bytes) -> str:
     return "".join(_BYTE_ENCODER[b] for b in token)
+
+
+def _bytes_of(name: str) -> bytes:
+    return bytes(_BYTE_DECODER[letter] for letter in name)
+
+
+def learn_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """Learn the merges of pairs (Sennrich et al. 2016) that are the most frequent in the texts.
+
+    The tokens are the 256 bytes, then the merged ones, and END_OF_TEXT. Raises InputError for
+    another vocab_size than 257 to the number of tokens that these texts can fill.
+    """
+    with needs_extra("hf"):
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    n_merged = vocab_size - len(_BYTES) - 1
+    if n_merged < 0:
+        raise InputError(f"tokenizer=bpe:{vocab_size}: 256 bytes and {END_OF_TEXT} are 257 tokens")
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    vocab = learner.get_vocab()
+    merged = [_bytes_of(name) for name in sorted(vocab, key=vocab.get) if len(name) > 1]
+    if len(merged) < n_merged:
+        raise InputError(
+            f"tokenizer=bpe:{vocab_size}: the text has only {len(merged):,} pairs that occur twice "
+            f"or more; use bpe:{vocab_size - n_merged + len(merged)} or less"
+        )
+    return BPETokenizer(_BYTES + merged, [END_OF_TEXT])

@@ -69,7 +69,7 @@ def check_resume(config, data, model_config, saved: dict) -> None:
     if changed:
         different.append(f"dataset {config.dataset!r} now has {' and '.join(changed)}")
     if different:
-        way_out = how_to_prepare_again(saved) if changed else "leave these options out"
+        way_out = how_to_prepare_again(saved, path.parent) if changed else "leave these options out"
         raise InputError(
             f"{path} cannot be resumed: {', '.join(different)}; {way_out}, or start a new run in "
             "another --out_dir"
@@ -78,11 +78,11 @@ def check_resume(config, data, model_config, saved: dict) -> None:
         raise InputError(f"max_iters={config.max_iters} lies before step {saved['step']} of {path}")
 
 
-def how_to_prepare_again(saved: dict) -> str:
-    """The dataset that the checkpoint was trained on."""
-    name, kind = saved["config"].get("dataset"), saved["tokenizer"].get("kind")
+def how_to_prepare_again(saved: dict, out_dir: Path) -> str:
+    """The dataset that the checkpoint was trained on, with the tokenizer of the run's folder."""
+    name = saved["config"].get("dataset")
     source, sha256 = saved.get("text_source", "TEXT"), str(saved.get("text_sha256"))
-    given = "" if source == name else f" --input={source} --tokenizer={kind}"
+    given = "" if source == name else f" --input={source} --tokenizer={out_dir}"
     return (
         f"prepare the run's again (python prepare.py {name}{given} --overwrite=true; its text "
         f"{source} has the SHA-256 {sha256[:12]}...)"

@@ -256,7 +256,7 @@ def test_resume_on_another_text_is_refused(tiny, call):
     code, _, err = call("train", "--init_from=resume")
     assert code == 2 and "vocab_size is" in err and "another tokenizer and another text" in err
     argv = re.search(r"python prepare.py (.*?);", err)[1].split()
-    assert argv == ["tiny", "--input=text.txt", "--tokenizer=char", "--overwrite=true"]
+    assert argv == ["tiny", "--input=text.txt", "--tokenizer=out", "--overwrite=true"]
     assert call("prepare", *argv)[0] == 0
     assert call("train", "--init_from=resume")[0] == 0
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from helpers import REPO, is_one_error_line
 
 import prepare
-from quill.data import corpus, dataset_files, download, tokenizers
+from quill.data import corpus, dataset_files, download, encode, tokenizers
 
 SHARED_TEXT = REPO.parent / "shared/data/tinyshakespeare.txt"
 GPT2_CACHE = Path(os.environ.get("TIKTOKEN_CACHE_DIR", REPO.parent / "shared/tiktoken"))
@@ -79,6 +80,48 @@ def test_another_datasets_tokenizer_is_reused(folder, call):
     code, _, err = call("prepare", "c", "--input=c.txt", "--tokenizer=data/a/meta.json")
     assert code == 2 and "'X' (U+0058), 'Y' (U+0059), 'Z' (U+005A)" in err
     assert not Path("data/c").exists()
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_a_vocabulary_of_its_own_is_learned_from_the_train_split(folder, call, text, suffix):
+    pytest.importorskip("tokenizers")
+    parts = [*(text[i : i + 1000] for i in range(0, 9000, 1000)), "zygote zygote zygote " * 50]
+    written = "".join(parts)
+    if suffix == "jsonl":
+        written = "".join(json.dumps({"text": part}) + "\n" for part in parts)
+    Path(f"in.{suffix}").write_text(written)
+    argv = ["mine", f"--input=in.{suffix}", "--tokenizer=bpe:300"]
+    code, out, _ = call("prepare", *argv)
+    assert code == 0 and "vocabulary 300, " in out
+    meta = dataset_files.read_meta(folder / "data/mine/meta.json")
+    tokenizer = tokenizers.from_json(meta.tokenizer, "meta")
+    assert b" queen" in tokenizer.tokens
+    assert not any(b"zy" in token for token in tokenizer.tokens)
+    assert tokenizer.end_of_text == 299
+    train, val = decoded(folder / "data/mine")
+    assert (train + val).replace(tokenizers.END_OF_TEXT, "") == "".join(parts)
+    assert call("prepare", *argv)[1].startswith("up to date: ")
+    code, _, err = call("prepare", "more", *argv[1:-1], "--tokenizer=bpe:9999")
+    assert code == 2 and is_one_error_line(err)
+    most = re.search("use (bpe:[0-9]+) or less", err)[1]
+    assert call("prepare", "more", *argv[1:-1], f"--tokenizer={most}")[0] == 0
+    assert call("prepare", "less", *argv[1:-1], "--tokenizer=bpe:256")[0] == 2
+
+
+def test_tokens_are_learned_from_a_sample_of_a_long_text(folder, monkeypatch):
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(tokenizers.BPETokenizer, "_PART_CHARS", 1000)
+    words = "".join(f"word{i} " for i in range(10_000))
+    Path("in.txt").write_text(words)
+    text = corpus.Corpus("in.txt")
+    pieces = [*encode.train_sample(text, corpus.survey(text), n_chars=20_000)]
+    numbers = [int(n) for n in re.findall(r"word(\d{4})\b", "".join(pieces))]
+    assert 17_000 < sum(map(len, pieces)) < 20_000
+    assert max(numbers) < 9100 and max(np.diff(sorted(numbers))) < 700
+    assert (
+        "".join(encode.train_sample(text, corpus.survey(text), 10**6))
+        == words[: len(words) * 9 // 10]
+    )
 
 
 @pytest.mark.parametrize(

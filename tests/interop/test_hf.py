@@ -383,6 +383,23 @@ def test_autotokenizer_gives_the_same_ids_and_text(transformers, folder, tokeniz
     check()
 
 
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    st.text("ab \né", min_size=300, max_size=3000) | st.text(min_size=200), st.integers(257, 290)
+)
+def test_learned_tokens_have_the_same_merges_there(text, vocab_size):
+    learners = pytest.importorskip("tokenizers")
+    try:
+        tokenizer = hf_tokenizers.learn_bpe([text], vocab_size)
+    except InputError as error:
+        assert vocab_size > 257 and "occur twice" in str(error)
+        return
+    ids = tokenizer.encode(text).tolist()
+    assert tokenizers.decode(tokenizer, ids) == text and tokenizer.vocab_size == vocab_size
+    theirs = learners.Tokenizer.from_str(json.dumps(hf_tokenizers.specification(tokenizer)))
+    assert theirs.encode(text).ids == ids
+
+
 def test_an_unknown_character_is_an_error_there_too(transformers, folder):
     export(GPTConfig(20, 300, 1, 1, 4), CHAR)
     with pytest.raises(Exception, match="UNK"):
