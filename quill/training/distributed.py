@@ -74,9 +74,12 @@ def session():
 
 
 def _connect_store() -> dist.Store:
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    if not all(os.environ.get(name, "").isdecimal() for name in names):
-        raise InputError(f"{', '.join(names)} are not all numbers: start it with torchrun")
+    values = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK")]
+    if not all(value.isdecimal() and int(value) < world_size() for value in values):
+        raise InputError(
+            f"RANK and LOCAL_RANK are {values}, not numbers below WORLD_SIZE={world_size()}: start "
+            "it with torchrun"
+        )
     try:
         store, _, _ = next(dist.rendezvous("env://"))
     except ValueError as error:

@@ -13,7 +13,10 @@ class NonFiniteGuard:
     """
 
     def __init__(self, config, device: torch.device):
-        self.n_allowed, self.learning_rate = config.skip_nonfinite, config.learning_rate
+        self.n_allowed = config.skip_nonfinite
+        self.rates = f"learning_rate ({config.learning_rate})"
+        if config.optimizer == "muon":
+            self.rates += f" or muon_learning_rate ({config.muon_learning_rate})"
         self.slots = torch.arange(self.n_allowed + 1, device=device)
         self.bad_steps = torch.zeros_like(self.slots)  # numbered from 1; 0 is an empty slot
 
@@ -46,9 +49,8 @@ class NonFiniteGuard:
         if len(bad_steps) > self.n_allowed:
             raise RunError(
                 f"the loss or its gradient was not finite at step {bad_steps[-1]}; stopped before "
-                "that update, which no checkpoint has: lower learning_rate "
-                f"({self.learning_rate}), raise warmup_iters, set grad_clip=1.0, or allow more "
-                f"than skip_nonfinite={self.n_allowed}"
+                f"that update, which no checkpoint has: lower {self.rates}, raise warmup_iters, "
+                f"set grad_clip=1.0, or allow more than skip_nonfinite={self.n_allowed}"
             )
 
 

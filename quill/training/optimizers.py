@@ -9,16 +9,21 @@ import torch
 from quill.settings import option
 
 
+_LARGEST = 1e30  # an update by a rate that float32 cannot represent would be an error of PyTorch's
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions:
     """Options of train.py."""
 
     optimizer: Literal["adamw", "muon"] = option("adamw", "muon: for the blocks' matrices alone")
-    learning_rate: float = option(6e-4, "peak learning rate of AdamW", min=0)
-    muon_learning_rate: float = option(0.02, "peak learning rate of Muon", min=0)
+    learning_rate: float = option(6e-4, "peak learning rate of AdamW", min=0, max=_LARGEST)
+    muon_learning_rate: float = option(0.02, "peak learning rate of Muon", min=0, max=_LARGEST)
     muon_momentum: float = option(0.95, "Muon's momentum", min=0, max=0.9999)
     max_iters: int = option(600000, "optimizer updates to make", min=0)
-    weight_decay: float = option(0.1, "decay of matrices, times the learning rate", min=0)
+    weight_decay: float = option(
+        0.1, "decay of matrices, times the learning rate", min=0, max=_LARGEST
+    )
     beta1: float = option(0.9, "AdamW's decay of the mean gradient", min=0, max=0.9999)
     beta2: float = option(0.95, "AdamW's decay of the mean squared gradient", min=0, max=0.9999)
     grad_clip: float = option(1.0, "largest norm of the gradient; 0 does not clip", min=0)
@@ -30,7 +35,7 @@ class OptimizerOptions:
     )
     warmup_iters: int = option(2000, "steps of linear warm-up", min=0)
     lr_decay_iters: int = option(0, "step where min_lr is reached; 0: max_iters", min=0)
-    min_lr: float = option(6e-5, "lowest learning rate, after the decay", min=0)
+    min_lr: float = option(6e-5, "lowest learning rate, after the decay", min=0, max=_LARGEST)
     wsd_decay_share: float = option(0.2, "fraction of the steps in wsd's decay", min=0, max=1)
 
 
