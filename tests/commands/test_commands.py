@@ -104,7 +104,7 @@ def test_an_out_dir_that_a_config_computes_is_one_folder(tiny, call):
     assert {".lock", "ckpt.pt", "metrics.jsonl"} <= {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_prints_the_resume_command(tiny, number):
     line = [sys.executable, REPO / "train.py", *TINY, "--max_iters=100000", "--log_interval=1"]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
@@ -247,6 +247,60 @@ def test_wrong_input_to_resume(tiny, call, argv, damage, complaint):
         damage()
     code, _, err = call("train", "--init_from=resume", *argv)
     assert code == 2 and is_one_error_line(err) and complaint in err
+
+
+HOSTILE = {
+    "BaseException": "raise BaseException('no')",
+    "GeneratorExit": "raise GeneratorExit",
+    "SystemExit": "raise SystemExit(0)",
+    "a repr that raises": "class A:\n    __repr__ = None\nseed = A()",
+    "a comparison that raises": "class A(int):\n    __eq__ = __lt__ = None\nseed = A(3)",
+    "an endless recursion": "def f():\n    f()\nf()",
+    "an exception that cannot be printed": "class E(Exception):\n    __str__ = None\nraise E",
+}
+
+
+@pytest.mark.parametrize("config", HOSTILE.values(), ids=HOSTILE)
+def test_a_config_that_raises_anything_is_one_line(tiny, call, config):
+    write("c.py", config)
+    code, _, err = call("train", *TINY, "c.py")
+    assert code == 2 and is_one_error_line(err) and "c.py" in err
+
+
+@pytest.mark.parametrize("name", ["x" * 270, "loop", "loop/x", "text.txt/x"])
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [
+        *(("train", flag) for flag in ("", "--dataset=", "--out_dir=", "--init_from=", "--n")),
+        *(("sample", flag) for flag in ("", "--out_dir=", "--init_from=", "--start=FILE:")),
+        *(("prepare", flag) for flag in ("", "--input=", "--tokenizer=")),
+    ],
+)
+def test_names_too_long_or_in_a_loop_are_one_line(tiny, call, script, flag, name):
+    call("train", *TINY)
+    Path("loop").symlink_to("loop")
+    argv = {
+        "train": [*TINY, "--overwrite=true"],
+        "sample": [],
+        "prepare": ["mine", "--input=text.txt", "--overwrite=true"],
+    }[script]
+    code, _, err = call(script, *argv, f"{flag}{name}")
+    assert code == 2 and is_one_error_line(err)
+
+
+@pytest.mark.parametrize("value", ["x", "", "0", "-1", "1.5", "\u0663", "9" * 20])
+def test_a_world_size_that_is_no_number_is_one_line(tiny, call, monkeypatch, value):
+    monkeypatch.setenv("WORLD_SIZE", value)
+    code, _, err = call("train", *TINY)
+    assert code == 2 and is_one_error_line(err) and "WORLD_SIZE" in err
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])
+def test_a_rank_beyond_the_processes_does_not_wait_for_them(tiny, call, monkeypatch, name):
+    for variable, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", name: "2"}.items():
+        monkeypatch.setenv(variable, value)
+    code, _, err = call("train", *TINY)
+    assert code == 2 and is_one_error_line(err) and "start it with torchrun" in err
 
 
 def test_resume_on_another_text_is_refused(tiny, call):

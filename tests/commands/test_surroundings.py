@@ -222,6 +222,15 @@ def test_any_surroundings(pristine, n):
     print(f"\n{len(codes):,} surroundings: {[codes.count(code) for code in range(3)]} exits")
 
 
+@pytest.mark.skipif(not IS_ROOT, reason="needs to become another user")
+@pytest.mark.parametrize("mode", ["mode 000", "mode 444"])
+@pytest.mark.parametrize("path", ["books", "books/b", "books/b/2.txt"])
+def test_a_folder_with_a_part_that_cannot_be_read_is_refused(pristine, path, mode):
+    expected = 0 if (path, mode) == ("books/b/2.txt", "mode 444") else 2
+    streams = {0: "/dev/null", 1: "stdout", 2: "stderr"}
+    assert one_case(pristine, "folder", streams, {path: mode}, NOBODY, True, {}) == expected
+
+
 @pytest.mark.parametrize("streams", [{n: None} for n in range(3)] + [{1: "/dev/full"}])
 @pytest.mark.parametrize("name", [*COMMANDS])
 def test_closed_and_full_streams(pristine, name, streams):

@@ -200,6 +200,14 @@ def test_resume_drops_lines_beyond_the_checkpoint_and_a_half_written_one(tiny, c
     assert [line["step"] for line in after[len(before) :]] == [7, 8, 9, 9]
 
 
+def test_a_line_of_the_metrics_that_is_nested_deeply_is_left_out(tiny, call):
+    call("train", *TINY)
+    with Path("out/metrics.jsonl").open("a") as file:
+        file.write("[" * 100_000 + "]" * 100_000 + "\n")
+    assert call("train", "--init_from=resume", "--max_iters=7")[0] == 0
+    assert metrics()[-1]["step"] == 7
+
+
 def test_resume_of_a_finished_run_changes_nothing(tiny, call):
     call("train", *TINY)
     before = weights(), metrics()
