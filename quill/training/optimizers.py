@@ -8,7 +8,6 @@ import torch
 
 from quill.settings import option
 
-
 _LARGEST = 1e30  # an update by a rate that float32 cannot represent would be an error of PyTorch's
 
 

@@ -53,6 +53,8 @@ def test_prompt_from_a_file(trained, call):
     Path("prompt.txt").write_text("What say\n été")
     from_file = call("sample", *SHORT, "--start=FILE:prompt.txt")[1]
     assert from_file == call("sample", *SHORT, "--start=What say\n été")[1]
+    Path("prompt.txt").write_text("What say\n été", encoding="utf-8-sig")  # as prepare reads it
+    assert call("sample", *SHORT, "--start=FILE:prompt.txt")[1] == from_file
 
 
 def test_a_prompt_longer_than_the_context(trained, call, text):
