@@ -118,8 +118,8 @@ def _read_config_file(path: str) -> dict:
     """The public scalar assignments of a Python file, run in a namespace of its own."""
     if path.startswith("-"):
         raise InputError(f"{path}: options start with two dashes")
-    if Path(path).is_dir():
-        raise InputError(f"{path} is a folder, not a config file; options are --NAME=VALUE")
+    if Path(path).exists() and not Path(path).is_file():
+        raise InputError(f"{path} is a folder or pipe, no config file; options are --NAME=VALUE")
     try:
         names = runpy.run_path(path)
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import torch
 from quill.data import tokenizers
 from quill.data.problems import plain_answer
 from quill.errors import InputError, RunError
+from quill.files import open_file
 from quill.sampling.decoder import Decoder
 from quill.settings import option
 
@@ -80,7 +81,8 @@ def read_prompt(start: str) -> str:
     if start.startswith("FILE:"):
         path = Path(start.removeprefix("FILE:"))
         try:
-            text = path.read_bytes().decode("utf-8-sig")  # without the mark, as prepare.py reads
+            with open_file(path) as file:
+                text = file.read().decode("utf-8-sig")  # without the mark, as prepare.py reads
         except UnicodeDecodeError as error:
             raise InputError(f"prompt file {path} is not UTF-8 at byte {error.start}") from None
     if not text:

@@ -183,7 +183,7 @@ def write(path: str, content: str | bytes):
         (["bad.py"], lambda: write("bad.py", "n_layer = '3'"), "n_layer: expected a whole number"),
         (["bad.py"], lambda: write("bad.py", "n_layer = (3"), "bad.py, line 1"),
         (["config/none.py"], None, "config/none.py: No such file"),
-        (["data"], None, "data is a folder, not a config file"),
+        (["data"], None, "data is a folder or pipe, no config file"),
         (["--n_layer=two"], None, "n_layer: expected a whole number, got 'two'"),
         (["--n_layer"], None, "--n_layer needs a value"),
         (["--n_embd=15"], None, "n_embd=15 is not divisible by n_head=2"),

@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
 ]
 NOBODY = 65534
-LIMIT_SECONDS = 60
+LIMIT_SECONDS = 20
 COMMANDS = {
     "train": (train, [*TINY, "c.py", "--max_iters=2", "--eval_interval=1", "--out_dir=new"]),
     "overwrite": (train, [*TINY, "--max_iters=1", "--out_dir=made", "--overwrite=true"]),
@@ -220,6 +220,12 @@ def test_any_surroundings(pristine, n):
     assert Path(os.devnull).stat().st_ino == device
     assert min(codes.count(0), codes.count(2)) > len(codes) / 20
     print(f"\n{len(codes):,} surroundings: {[codes.count(code) for code in range(3)]} exits")
+
+
+@pytest.mark.parametrize(("name", "path"), [("train", "c.py"), ("prompt", "p.txt")])
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(pristine, name, path):
+    streams = {0: "/dev/null", 1: "stdout", 2: "stderr"}
+    assert one_case(pristine, name, streams, {path: "pipe"}, None, False, {}) == 2
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="needs to become another user")
