@@ -207,6 +207,6 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     if len(merged) < n_merged:
         raise InputError(
             f"tokenizer=bpe:{vocab_size}: the text has only {len(merged):,} pairs that occur twice "
-            f"or more; use bpe:{vocab_size - n_merged + len(merged)} or less"
+            f"or more; use bpe:{len(_BYTES) + len(merged) + 1} or less"
         )
     return BPETokenizer(_BYTES + merged, [END_OF_TEXT])

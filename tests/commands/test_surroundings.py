@@ -31,6 +31,7 @@ pytestmark = [
 ]
 NOBODY = 65534
 LIMIT_SECONDS = 20
+STREAMS = {0: "/dev/null", 1: "stdout", 2: "stderr"}  # what run_apart opens, by number
 COMMANDS = {
     "train": (train, [*TINY, "c.py", "--max_iters=2", "--eval_interval=1", "--out_dir=new"]),
     "overwrite": (train, [*TINY, "--max_iters=1", "--out_dir=made", "--overwrite=true"]),
@@ -122,8 +123,6 @@ def put(path: Path, kind: str) -> None:
         path.mkdir()
     elif kind in targets:
         path.symlink_to(targets[kind])
-    elif kind == "device":
-        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
     else:
         assert kind == "missing"
 
@@ -224,8 +223,7 @@ def test_any_surroundings(pristine, n):
 
 @pytest.mark.parametrize(("name", "path"), [("train", "c.py"), ("prompt", "p.txt")])
 def test_a_pipe_that_nobody_writes_to_is_not_waited_for(pristine, name, path):
-    streams = {0: "/dev/null", 1: "stdout", 2: "stderr"}
-    assert one_case(pristine, name, streams, {path: "pipe"}, None, False, {}) == 2
+    assert one_case(pristine, name, STREAMS, {path: "pipe"}, None, False, {}) == 2
 
 
 @pytest.mark.skipif(not IS_ROOT, reason="needs to become another user")
@@ -233,14 +231,13 @@ def test_a_pipe_that_nobody_writes_to_is_not_waited_for(pristine, name, path):
 @pytest.mark.parametrize("path", ["books", "books/b", "books/b/2.txt"])
 def test_a_folder_with_a_part_that_cannot_be_read_is_refused(pristine, path, mode):
     expected = 0 if (path, mode) == ("books/b/2.txt", "mode 444") else 2
-    streams = {0: "/dev/null", 1: "stdout", 2: "stderr"}
-    assert one_case(pristine, "folder", streams, {path: mode}, NOBODY, True, {}) == expected
+    assert one_case(pristine, "folder", STREAMS, {path: mode}, NOBODY, True, {}) == expected
 
 
 @pytest.mark.parametrize("streams", [{n: None} for n in range(3)] + [{1: "/dev/full"}])
 @pytest.mark.parametrize("name", [*COMMANDS])
 def test_closed_and_full_streams(pristine, name, streams):
-    expected = 2 if name in ("mistake",) else 0
-    streams = {0: "typed", 1: "stdout", 2: "stderr"} | streams
+    expected = 2 if name == "mistake" else 0
+    streams = STREAMS | {0: "typed"} | streams
     code = one_case(pristine, name, streams, {}, None, False, {})
     assert code == (1 if streams[1] == "/dev/full" and not expected else expected)
