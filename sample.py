@@ -15,7 +15,7 @@ from pathlib import Path
 
 from quill import settings
 from quill.data import dataset_files, tokenizers
-from quill.errors import InputError, reader_may_leave, run_command
+from quill.errors import InputError, blames_input, reader_may_leave, run_command
 from quill.files import dataset_folder
 from quill.interop import pretrained
 from quill.sampling import interactive
@@ -52,12 +52,8 @@ def main(argv: list[str]) -> int:
             flags = {"reverses_answers": loaded.reverses_answers}
             interactive.run(functools.partial(stream_text, decoder, tokenizer, **flags), config)
             return 0
-        try:
+        with blames_input("the prompt does not fit this model, give another --start", InputError):
             ids = tokenizers.encode_prompt(tokenizer, prompt)
-        except InputError as error:
-            raise InputError(
-                f"the prompt does not fit this model, give another --start: {error}"
-            ) from None
         streams = [
             TextStream(tokenizer, config.stop, loaded.reverses_answers)
             for _ in range(config.num_samples)

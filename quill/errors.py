@@ -102,6 +102,15 @@ def print_note(text: str) -> None:
 
 
 @contextlib.contextmanager
+def blames_input(what: str, *kinds: type[Exception]):
+    """In the block, an exception of these kinds is an InputError: `<what>: <the exception>`."""
+    try:
+        yield
+    except kinds as error:
+        raise InputError(f"{what}: {error}") from None
+
+
+@contextlib.contextmanager
 def needs_extra(name: str):
     """In the block, a missing package is an InputError that says what to install."""
     try:

@@ -13,7 +13,7 @@ import dataclasses
 from pathlib import Path
 
 from quill import settings
-from quill.errors import InputError, run_command
+from quill.errors import InputError, blames_input, run_command
 from quill.files import open_file
 from quill.interop import huggingface, pretrained
 from quill.settings import option
@@ -36,10 +36,8 @@ def main(argv: list[str]) -> int:
     path = checkpoint.find_checkpoint(Path(config.out_dir))
     loaded = pretrained.from_run(path)
     model = loaded.build()
-    try:
+    with blames_input(f"{path} cannot be exported", ValueError):
         name = huggingface.export(model, loaded.tokenizer, dest)
-    except ValueError as error:
-        raise InputError(f"{path} cannot be exported: {error}") from None
     print(f"wrote {dest}: {name} of {sum(p.numel() for p in model.parameters()):,} parameters")
     return 0
 

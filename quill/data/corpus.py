@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from quill.data.tokenizers import code_points
-from quill.errors import InputError, needs_extra
+from quill.errors import InputError, blames_input, needs_extra
 from quill.files import open_file, sha256_of_file, show_progress
 
 CHUNK_BYTES = 1 << 20
@@ -156,10 +156,9 @@ def _kind(path: Path) -> str:
 def _open(path: Path):
     """-> a file of the contents, and the file itself, whose position is the progress."""
     with open_file(path) as raw:  # a pipe could not be read twice
-        try:
+        kinds = gzip.BadGzipFile, zlib.error, EOFError
+        with blames_input(f"{path} cannot be unpacked, it is damaged", *kinds):
             yield (gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw), raw
-        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise InputError(f"{path} cannot be unpacked ({error}): it is damaged") from None
 
 
 def _read_txt(path: Path, show: Callable) -> Iterator[list]:
@@ -190,10 +189,8 @@ def _read_jsonl(path: Path, show: Callable) -> Iterator[list]:
     with _open(path) as (file, raw):
         lines = iter(partial(file.readline, LONGEST_LINE + 1), b"")
         for number, line in enumerate(lines, start=1):
-            try:
+            with blames_input(f"{path}, line {number}", ValueError, RecursionError):
                 document = _document(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}, line {number}: {error}") from None
             if document:
                 yield document
             show(raw.tell())

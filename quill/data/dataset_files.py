@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quill.errors import InputError
+from quill.errors import InputError, blames_input
 from quill.files import atomic_write, finish_atomic_write, open_file, sha256_of_file
 
 FORMAT_VERSION = 3
@@ -84,11 +84,9 @@ def checksum_of(fields: dict) -> str:
 
 def read_meta(path: Path) -> Meta:
     """Raises `InputError` when the file is missing, broken or not a Quill dataset's."""
-    try:
-        with open_file(path) as file:
-            fields = json.loads(file.read().decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise InputError(f"{path} is not valid JSON; prepare the dataset again") from None
+    what = f"{path} is not valid JSON, prepare the dataset again"
+    with blames_input(what, ValueError, RecursionError), open_file(path) as file:
+        fields = json.loads(file.read().decode("utf-8"))
     types_of = typing.get_type_hints(Meta)
     if not isinstance(fields, dict) or fields.keys() != types_of.keys() | {"checksum"}:
         raise InputError(f"{path} does not describe a dataset of this Quill; prepare it again")

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import tiktoken
 
-from quill.errors import InputError, RunError
+from quill.errors import InputError, RunError, blames_input
 
 END_OF_TEXT = "<|endoftext|>"  # as GPT-2 spells it
 
@@ -155,7 +155,8 @@ Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer
 
 def from_json(spec: object, source: str) -> Tokenizer:
     """The tokenizer of a `to_json()`; raises `InputError` naming `source` when it is not one."""
-    try:
+    kinds = KeyError, TypeError, ValueError, AttributeError
+    with blames_input(f"{source}: no usable tokenizer in it", *kinds):
         ends_texts = spec.get("ends_texts", False)
         if type(ends_texts) is not bool:
             raise ValueError("ends_texts is neither true nor false")
@@ -173,8 +174,6 @@ def from_json(spec: object, source: str) -> Tokenizer:
                 raise ValueError("special is not a list of texts")
             return BPETokenizer(tokens, special)
         raise ValueError(f"unknown kind {spec['kind']!r}")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{source}: no usable tokenizer in it ({error})") from None
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:

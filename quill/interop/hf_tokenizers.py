@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from quill.data.tokenizers import END_OF_TEXT, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer
-from quill.errors import InputError, needs_extra
+from quill.errors import InputError, blames_input, needs_extra
 from quill.files import open_file
 
 _BYTES = [bytes([b]) for b in range(256)]
@@ -49,10 +49,8 @@ def read(folder: Path) -> Tokenizer | None:
 
 def read_json(path: Path) -> dict:
     """A JSON object; raises `InputError` when the file does not hold one."""
-    try:
+    with blames_input(f"{path} is not JSON, or damaged", ValueError, RecursionError):
         contents = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON, or damaged ({error})") from None
     if not isinstance(contents, dict):
         raise InputError(f"{path} is not a JSON object")
     return contents

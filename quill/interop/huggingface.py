@@ -15,7 +15,7 @@ import torch
 
 from model import GPT, GPTConfig
 from quill.data.tokenizers import END_OF_TEXT, Tokenizer
-from quill.errors import InputError, needs_extra
+from quill.errors import InputError, blames_input, needs_extra
 from quill.files import atomic_write, file_lock, open_file
 from quill.interop import hf_tokenizers
 from quill.training import checkpoint
@@ -69,13 +69,11 @@ def load(path: Path) -> tuple[GPTConfig, dict[str, torch.Tensor], Tokenizer | No
     folder = path if path.is_dir() else path.parent
     tensors = read_tensors(path)
     config_path = folder / "config.json"
-    try:
+    with blames_input(str(config_path), *checkpoint.MISFITS):
         has_config = config_path.exists()
         values = hf_tokenizers.read_json(config_path) if has_config else published(tensors)
         config = config_of_gpt2(values)
         shapes = state_shapes(config, len(tensors))
-    except checkpoint.MISFITS as error:
-        raise InputError(f"{config_path}: {error}") from None
     if config.tied_head and EMBEDDING in tensors:
         tensors.setdefault(HEAD, tensors[EMBEDDING])
     refuse_other_tensors(tensors, shapes, path)
@@ -139,10 +137,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     tensors = {}
     for file in files:
         open_file(file).close()  # safe_open does not say why it fails
-        try:
+        kinds = OSError, safetensors.SafetensorError
+        with blames_input(f"{file} is not a safetensors file, or damaged", *kinds):
             handle = safetensors.safe_open(file, framework="pt")
-        except (OSError, safetensors.SafetensorError) as error:
-            raise InputError(f"{file} is not a safetensors file, or damaged: {error}") from None
         for name in handle.keys():  # noqa: SIM118, it cannot be iterated
             own = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
             if own.endswith(MASKS):

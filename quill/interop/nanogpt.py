@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from quill.data import tokenizers
-from quill.errors import InputError
+from quill.errors import InputError, blames_input
 from quill.files import open_file
 
 _MAX_PICKLE_BYTES = 1 << 22  # a hundred thousand characters take less
@@ -22,15 +22,14 @@ MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET
 
 def read_tokenizer(path: Path) -> tokenizers.CharTokenizer:
     """The characters of a meta.pkl; raises InputError when it holds anything but plain values."""
-    try:
+    kinds = ValueError, TypeError, LookupError, ArithmeticError, pickle.UnpicklingError
+    with blames_input(f"{path} is not nanoGPT's meta.pkl of characters", *kinds):
         with open_file(path) as file:
             meta = _unpickle_plain(file.read(_MAX_PICKLE_BYTES + 1))
         chars = [meta["itos"][i] for i in range(len(meta["itos"]))]
         if not all(type(char) is str and len(char) == 1 for char in chars):
             raise ValueError("its tokens are not single characters")
         return tokenizers.from_json({"kind": "char", "chars": "".join(chars)}, str(path))
-    except (ValueError, TypeError, LookupError, ArithmeticError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is not nanoGPT's meta.pkl of characters ({error})") from None
 
 
 def _unpickle_plain(data: bytes):
@@ -52,11 +51,9 @@ def read_bins(folder: Path, vocab_size: int) -> tuple[list[tuple], str]:
     chunks, digest = [], hashlib.sha256()
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
-        try:
-            with open_file(path) as file:
-                ids = np.memmap(file, dtype="<u2", mode="r")
-        except ValueError as error:
-            raise InputError(f"{path}, which belongs to meta.pkl: {error}") from None
+        what = f"{path}, which belongs to meta.pkl"
+        with blames_input(what, ValueError), open_file(path) as file:
+            ids = np.memmap(file, dtype="<u2", mode="r")
         if ids.max() >= vocab_size:
             raise InputError(f"{path} has ids that meta.pkl's {vocab_size} characters do not cover")
         digest.update(ids)

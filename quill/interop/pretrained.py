@@ -11,7 +11,7 @@ from model import GPTConfig
 from quill.data.download import download
 from quill.data.problems import reverses_answers
 from quill.data.tokenizers import BPETokenizer, Tokenizer, from_json
-from quill.errors import InputError
+from quill.errors import InputError, blames_input
 from quill.files import sha256_of_file
 from quill.interop import huggingface
 from quill.training import checkpoint, models
@@ -135,11 +135,9 @@ def from_folder(out_dir: Path) -> Pretrained:
 def from_run(path: Path) -> Pretrained:
     """A checkpoint of Quill; raises InputError when it is missing or not usable."""
     contents = checkpoint.load_checkpoint(path)
-    try:
+    with blames_input(f"{path}: its weights and its model config disagree", *checkpoint.MISFITS):
         config = models.config_from_dict(contents["model_config"])
         models.check_weights(config, contents["model"])
-    except checkpoint.MISFITS as error:
-        raise InputError(f"{path}: its weights and its model config disagree: {error}") from None
     spec = contents["tokenizer"]
     tokenizer = from_json(spec, str(path))
     return Pretrained(config, contents["model"], tokenizer, reverses_answers(spec))

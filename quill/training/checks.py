@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from quill.data import tokenizers
-from quill.errors import InputError
+from quill.errors import InputError, blames_input
 from quill.training import devices, distributed
 from quill.training.checkpoint import LATEST, differences
 from quill.training.models import BigramConfig, config_from_dict, config_to_dict, count_parameters
@@ -50,10 +50,9 @@ def pick_cuda_graph(setting: bool | str, device: torch.device, dtype: torch.dtyp
 def check_resume(config, data, model_config, saved: dict) -> None:
     """Raises InputError with every difference that makes the checkpoint unusable."""
     path = Path(config.out_dir, LATEST)
-    try:
+    kinds = ValueError, TypeError, LookupError
+    with blames_input(f"{path} is not usable for a resume", *kinds):
         then = config_to_dict(config_from_dict(saved["model_config"]))
-    except (ValueError, TypeError, LookupError) as error:
-        raise InputError(f"{path} is not usable for a resume: {error}") from None
     then |= {"optimizer": saved["config"].get("optimizer")}
     now = config_to_dict(model_config) | {"optimizer": config.optimizer}
     free = {"dropout", "init_std"}

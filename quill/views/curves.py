@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from quill.errors import InputError
+from quill.errors import InputError, blames_input
 from quill.files import open_file
 
 
@@ -13,8 +13,9 @@ def read_metrics(path: Path) -> list[dict]:
         # After the last line end there is nothing, or a line cut short by a kill.
         *lines, _ = file.read().split(b"\n")
     records = []
+    kinds = ValueError, TypeError, KeyError, AttributeError, RecursionError
     for number, line in enumerate(lines, start=1):
-        try:
+        with blames_input(f"{path}, line {number}: not a line of metrics, remove it", *kinds):
             record = json.loads(line)
             if record.get("loss", 0) is None:
                 del record["loss"]  # the step's update was skipped
@@ -22,8 +23,6 @@ def read_metrics(path: Path) -> list[dict]:
             numbers = [record[name] for name in names if name in record]
             if type(record["step"]) is not int or not all(type(x) is float for x in numbers):
                 raise ValueError("no step with losses")
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise InputError(f"{path}, line {number}: not a line of metrics; remove it") from None
         records.append(record)
     if not any({"train_loss", "val_loss"} <= record.keys() for record in records):
         raise InputError(f"{path} holds no evaluation yet")

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from model import GPT, attention_weights
 from quill.data.tokenizers import Tokenizer, encode_prompt
-from quill.errors import InputError
+from quill.errors import InputError, blames_input
 from quill.interop import pretrained
 from quill.sampling.decoder import Decoder
 from quill.sampling.text import SampleOptions, read_prompt, sample_tokens
@@ -59,10 +59,8 @@ def draw(out_dir: Path, start: str, which: str) -> dict[str, Figure]:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> torch.Tensor:
-    try:
+    with blames_input("give a --start that the model can read", InputError):
         return torch.from_numpy(encode_prompt(tokenizer, text).astype(np.int64))
-    except InputError as error:
-        raise InputError(f"give a --start that the model can read: {error}") from None
 
 
 def written_by(model: GPT | Bigram, tokenizer: Tokenizer) -> torch.Tensor:
