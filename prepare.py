@@ -37,7 +37,7 @@ SHAKESPEARE_URLS = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "https://storage.googleapis.com/download.tensorflow.org/data/shakespeare.txt",
 )
-CHARS_TO_LEARN_FROM = 100_000_000  # by --tokenizer=bpe:SIZE; of a longer text, a sample
+CHARS_TO_LEARN_FROM = 100_000_000  # by --tokenizer=bpe:SIZE; of a longer corpus, a sample
 BUILT_IN = {"shakespeare_char": "char", "shakespeare": "gpt2"}  # dataset -> tokenizer
 
 
@@ -194,11 +194,14 @@ def up_to_date(folder: Path, source: Source, overwrite: bool) -> dataset_files.M
     """
     try:
         meta, _ = dataset_files.read(folder)  # compares the checksums of all files
-        if all(vars(meta)[name] == source.described[name] for name in ("sha256", "tokenizer")):
+        new = source.described
+        # A .txt that was renamed to .jsonl has the same bytes, but other documents.
+        is_of_kind = (".jsonl" in meta.source) == (".jsonl" in new["source"])
+        if is_of_kind and (meta.sha256, meta.tokenizer) == (new["sha256"], new["tokenizer"]):
             return meta
         found = f"another dataset, of {meta.source} with a vocabulary of {meta.vocab_size:,}"
-    except InputError as error:
-        found = f"a dataset that is not usable ({error})"
+    except InputError:
+        found = "a dataset that is damaged, or not one of this Quill"
     if not overwrite and any((folder / f"{split}.bin").exists() for split in dataset_files.SPLITS):
         raise InputError(
             f"{folder} holds {found}: choose another name, or replace it by --overwrite=true"

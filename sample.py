@@ -42,6 +42,8 @@ class SampleConfig(SampleOptions):
 
 def main(argv: list[str]) -> int:
     config = settings.load(SampleConfig, argv, usage=__doc__)
+    if config.interactive and config.start != SampleConfig.start:
+        raise InputError("interactive=true asks for prompts: leave --start out")
     prompt = read_prompt(config.start)
     device = pick_device(config.device)
     with out_of_memory_advice(f"lower num_samples={config.num_samples}"), reader_may_leave():

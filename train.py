@@ -62,7 +62,7 @@ class TrainConfig(OptimizerOptions, ModelOptions):
         "file says; or weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a path to those of a "
         "run, of nanoGPT, of Hugging Face",
     )
-    overwrite: bool = option(False, "start anew in a folder that has a run; moves it to previous-1")
+    overwrite: bool = option(False, "start anew in a folder that has a run; moves it to previous-N")
     eval_interval: int = option(2000, "steps between evaluations", min=1)
     eval_iters: int = option(200, "windows for train loss, and for a large val", min=1, max=10**6)
     sample_at_eval: int = option(0, "tokens to sample per evaluation; 0: none", min=0, max=10**6)

@@ -47,6 +47,7 @@ N_GROUPS = 10  # the timed steps are split into so many; lowest and highest are 
 SAMPLE_COUNTS = (1, 10, 64)
 CPU = torch.device("cpu")
 GPT2_VOCABULARY = 50257
+FOR_PLAN = ("devices", "peak_tflops", "assumed_mfu", "vocab_size")
 # Functions of torch.nn.functional that keep on a CPU, for the backward pass, what the kernels of a
 # GPU keep.
 AS_ON_A_GPU = {
@@ -85,6 +86,11 @@ def main(argv: list[str]) -> int:
     config = settings.load(BenchConfig, argv, usage=__doc__)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError("this measures one process: run it without torchrun")
+    given = [name for name in FOR_PLAN if getattr(config, name) != getattr(BenchConfig, name)]
+    if given and not config.plan:
+        raise InputError(f"{', '.join(given)}: only with --plan")
+    if config.init_from == "resume":
+        raise InputError("init_from=resume: a config is measured here, not the run that it left")
     if config.json:  # before the minutes that measuring takes
         if not Path(config.json).parent.is_dir():
             raise InputError(f"json={config.json}: there is no such folder")

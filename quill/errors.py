@@ -8,7 +8,8 @@ import sys
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
-# Of these the user gave a wrong name, or one that may not be used; any other OSError is a failure.
+# With these the user named a file that is not there, or may not be used. Any other OSError is a
+# failure of the run.
 BAD_NAMES = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM}
 BAD_NAMES |= {errno.ENAMETOOLONG, errno.ELOOP}
 
@@ -59,7 +60,10 @@ def expected_failure(error: BaseException) -> tuple[str, int] | None:
 
 
 def flush_or_discard(stream) -> bool:
-    """What cannot be written is dropped, or Python would fail again at its end, with code 120."""
+    """-> whether all could be written.
+
+    What could not is dropped, or Python would fail again at its end, with exit code 120.
+    """
     try:
         stream.flush()
         return True
@@ -84,6 +88,10 @@ def describe_os_error(error: OSError) -> str:
         errno.ENOSPC: "; free some space, then continue or try again",
         errno.EDQUOT: "; free some space, then continue or try again",
         errno.EACCES: "; check its permissions",
+        errno.ENOENT: "; check the name",
+        errno.EEXIST: "; choose another name",
+        errno.ENOTDIR: "; choose another name",
+        errno.EISDIR: "; choose another name",
         errno.EROFS: "; choose a folder that can be written",
     }.get(error.errno, "")
     where = f"{error.filename}: " if error.filename else ""
@@ -96,7 +104,7 @@ def print_error(message: str) -> None:
 
 
 def print_note(text: str) -> None:
-    """On stderr; that nobody can read it there changes nothing else."""
+    """Print to stderr; if that fails, carry on."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 

@@ -20,7 +20,7 @@ READ_BYTES = 1 << 20
 def open_file(path: Path):
     """Open a file to read its bytes; raises InputError for a folder, or a pipe, which may wait."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise InputError(f"{path} is not a regular file")
+        raise InputError(f"{path} is a folder, pipe or device, not a regular file")
     return path.open("rb")
 
 

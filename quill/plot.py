@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
     config = settings.load(PlotConfig, argv, usage=__doc__)
     with needs_extra("plot"):
         import matplotlib
-    out_dirs = [Path(name) for name in config.out_dir.split(",")]
+    is_one = Path(config.out_dir).is_dir()  # a folder's name may have a comma
+    out_dirs = [Path(name) for name in ([config.out_dir] if is_one else config.out_dir.split(","))]
     with matplotlib.rc_context(STYLE):
         for name, figure in draw(config, out_dirs).items():
             for kind in ("png", "svg"):
@@ -59,8 +60,10 @@ def draw(config: PlotConfig, out_dirs: list[Path]) -> dict:
     if config.pictures in ("all", "loss"):
         runs = {str(path): curves.read_metrics(path / "metrics.jsonl") for path in out_dirs}
         figures["loss" if is_one else "losses"] = curves.draw_losses(runs)
-    elif not is_one:
-        raise InputError(f"--pictures={config.pictures} takes one run, not {config.out_dir}")
+    if not is_one and (config.start or config.pictures not in ("all", "loss")):
+        raise InputError(
+            f"--start and --pictures={config.pictures} take one run, not {config.out_dir}"
+        )
     if config.pictures != "loss" and is_one:
         from quill.views import pictures  # torch takes a second, which the losses do not need
 

@@ -147,7 +147,8 @@ def _assign(values, types_of, name, value, source, problems, is_text=False):
         problems.append(f"{source}{name}: no such option{hint}")
         return
     if type(value) is str and re.search("[\0\ud800-\udfff]", value):
-        problems.append(f"{source}{name}: {value[:100]!r} is not valid UTF-8 without NUL")
+        encoding = sys.getfilesystemencoding()
+        problems.append(f"{source}{name}: {value[:100]!r} is not {encoding} text without NUL")
         return
     for kind in _alternatives(types_of[name]):
         parsed = _from_text(kind, value) if is_text else _from_python(kind, value)

@@ -83,7 +83,7 @@ def checksum_of(fields: dict) -> str:
 
 
 def read_meta(path: Path) -> Meta:
-    """Raises `InputError` when the file is missing, broken or not a Quill dataset's."""
+    """Raises `InputError` when the file is broken or not a Quill dataset's, else `OSError`."""
     what = f"{path} is not valid JSON, prepare the dataset again"
     with blames_input(what, ValueError, RecursionError), open_file(path) as file:
         fields = json.loads(file.read().decode("utf-8"))

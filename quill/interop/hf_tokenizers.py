@@ -187,16 +187,20 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     another vocab_size than 257 to the number of tokens that these texts can fill.
     """
     with needs_extra("hf"):
-        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+        import tokenizers
     n_merged = vocab_size - len(_BYTES) - 1
     if n_merged < 0:
-        raise InputError(f"tokenizer=bpe:{vocab_size}: 256 bytes and {END_OF_TEXT} are 257 tokens")
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
+        raise InputError(
+            f"tokenizer=bpe:{vocab_size}: 256 bytes and {END_OF_TEXT} are 257 tokens; use bpe:257 "
+            "or more"
+        )
+    learner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    learner.pre_tokenizer = byte_level(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         min_frequency=2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=byte_level.alphabet(),
         show_progress=False,
     )
     learner.train_from_iterator(texts, trainer)

@@ -21,11 +21,14 @@ def find_start(config, argv: list[str], usage: str) -> tuple:
     """
     out_dir, is_main = Path(config.out_dir), distributed.is_main()
     saved = start = base = None
+    if config.overwrite and config.init_from in ("resume", "auto"):
+        raise InputError(
+            f"overwrite=true starts anew, init_from={config.init_from} continues: leave one out"
+        )
     if writes := is_main and not config.eval_only:
         run_folder.refuse_what_cannot_be_saved(out_dir)
     with distributed.main_first():
-        paths = (out_dir / checkpoint.LATEST, out_dir / checkpoint.PREVIOUS)
-        can_resume = any(path.exists() for path in paths)
+        can_resume = run_folder.can_resume(out_dir)
         if config.init_from == "resume" or (config.init_from == "auto" and can_resume):
             saved = checkpoint.load_latest(out_dir, may_move=writes, is_quiet=not is_main)
             base = saved["config"]
@@ -56,7 +59,7 @@ def _load_start(config, argv: list[str], usage: str) -> pretrained.Pretrained | 
     if source in ("scratch", "auto"):
         return None
     folder, given = (Path(os.path.realpath(name)) for name in (config.out_dir, source))
-    if folder in (given, given.parent):
+    if folder == (given if given.is_dir() else given.parent):
         raise InputError(
             f"out_dir={config.out_dir}: the run would write over {source}, which it starts from; "
             "choose another folder, or --init_from=resume to continue that run"

@@ -39,7 +39,7 @@ MAX_PICKLE_BYTES = 2**24  # without the tensors; in memory a value takes up to 1
 
 
 class DamagedError(InputError):
-    """The file is missing, or not what was written."""
+    """The file is missing, cannot be read, or is not what was written."""
 
 
 class HashingFile:
@@ -184,9 +184,9 @@ def _is_stored_in_full(tensor) -> bool:
 
 
 def load_latest(out_dir: Path, may_move: bool, is_quiet: bool = False) -> dict:
-    """The checkpoint to resume from: ckpt.pt, or with a message ckpt.previous.pt if it is damaged.
+    """The checkpoint to resume from: ckpt.pt, or with a message, if not usable, ckpt.previous.pt.
 
-    may_move: rename a damaged one, so that it does not become the next ckpt.previous.pt.
+    may_move: rename the former, so that it does not become the next ckpt.previous.pt.
     """
     path, previous = out_dir / LATEST, out_dir / PREVIOUS
     try:

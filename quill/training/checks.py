@@ -1,10 +1,11 @@
 """What cannot work is refused before a run starts, with every reason at once."""
 
+import shlex
 from pathlib import Path
 
 import torch
 
-from quill.data import tokenizers
+from quill.data import problems, tokenizers
 from quill.errors import InputError, blames_input
 from quill.training import devices, distributed
 from quill.training.checkpoint import LATEST, differences
@@ -66,25 +67,31 @@ def check_resume(config, data, model_config, saved: dict) -> None:
     if saved.get("text_sha256") != data.meta.sha256:
         changed.append("another text")
     if changed:
-        different.append(f"dataset {config.dataset!r} now has {' and '.join(changed)}")
+        different.append(f"dataset {config.dataset!r} has {' and '.join(changed)}")
     if different:
-        way_out = how_to_prepare_again(saved, path.parent) if changed else "leave these options out"
+        ways_out = [way_to_dataset(saved, path.parent, config.dataset)] if changed else []
+        if not changed or differences(then, now, free | {"vocab_size"}):
+            ways_out.append("leave these options out")
         raise InputError(
-            f"{path} cannot be resumed: {', '.join(different)}; {way_out}, or start a new run in "
-            "another --out_dir"
+            f"{path} cannot be resumed: {', '.join(different)}; {' and '.join(ways_out)}, or start "
+            "a new run in another --out_dir"
         )
     if saved["step"] > config.max_iters:
         raise InputError(f"max_iters={config.max_iters} lies before step {saved['step']} of {path}")
 
 
-def how_to_prepare_again(saved: dict, out_dir: Path) -> str:
-    """The dataset that the checkpoint was trained on, with the tokenizer of the run's folder."""
+def way_to_dataset(saved: dict, out_dir: Path, now_named: str) -> str:
+    """How to have the dataset that the checkpoint was trained on, in words."""
     name = saved["config"].get("dataset")
-    source, sha256 = saved.get("text_source", "TEXT"), str(saved.get("text_sha256"))
-    given = "" if source == name else f" --input={source} --tokenizer={out_dir}"
+    if name != now_named:
+        return f"leave --dataset out (the run's is {name!r})"
+    if name in problems.CHARS:
+        return f"prepare the run's again (python prepare.py {name} --overwrite=true)"
+    source, sha256 = saved.get("text_source", "unknown"), str(saved.get("text_sha256"))
     return (
-        f"prepare the run's again (python prepare.py {name}{given} --overwrite=true; its text "
-        f"{source} has the SHA-256 {sha256[:12]}...)"
+        f"prepare the run's again (python prepare.py {name} --input=TEXT "
+        f"--tokenizer={shlex.quote(str(out_dir))} --overwrite=true; its TEXT was {source}, of the "
+        f"SHA-256 {sha256[:12]}...)"
     )
 
 

@@ -47,11 +47,11 @@ class Logger:
         self.smooth_ms_per_step: float | None = None
         self.file = None
         self.dashboards = _open_dashboards(self.out_dir, config, self.resumed)
-        say(run_summary(run))
+        print_line(run_summary(run))
 
     def evaluation(self, record: dict, is_best: bool) -> None:
         self._write(record)
-        say(evaluation_text(record, ", best so far" if is_best else ""))
+        print_line(evaluation_text(record, ", best so far" if is_best else ""))
 
     def step(self, record: dict) -> None:
         """A log line."""
@@ -60,7 +60,7 @@ class Logger:
         line = f"step {record['step']}/{self.max_iters}: loss {loss:.4f}"
         if record["ms_per_step"] is not None:
             line += self._pace(record)
-        say(line)
+        print_line(line)
 
     def _pace(self, record: dict) -> str:
         ms = record["ms_per_step"]
@@ -79,18 +79,18 @@ class Logger:
     def skipped(self, step: int, n_skipped: int, n_allowed: int) -> None:
         """An update that was not made, because its loss or gradient was not finite."""
         self._write({"step": step, "skipped": n_skipped})
-        say(f"step {step}: not finite, update skipped ({n_skipped} of {n_allowed})")
+        print_line(f"step {step}: not finite, update skipped ({n_skipped} of {n_allowed})")
 
     def done(self, progress: Progress) -> None:
         best = f"best val loss {progress.best_val_loss:.4f}"
         command = f"python sample.py --out_dir={shlex.quote(str(self.out_dir))}"
-        say(f"done after step {progress.step}, {best}; next: {command}")
+        print_line(f"done after step {progress.step}, {best}; next: {command}")
 
     def stopped(self, progress: Progress, signal_number: int) -> None:
         command = "python" if distributed.world_size() == 1 else "torchrun ..."
         command += f" train.py --out_dir={shlex.quote(str(self.out_dir))} --init_from=resume"
         name = signal.Signals(signal_number).name
-        say(f"{name}: saved after step {progress.step}; resume with: {command}")
+        print_line(f"{name}: saved after step {progress.step}; resume with: {command}")
 
     def close(self) -> None:
         if self.file is not None:
@@ -127,7 +127,7 @@ class Logger:
             dashboard.send(known)
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print it. A terminal that was closed since (SIGHUP says so) does not end a run unsaved."""
     try:
         print(text, flush=True)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from quill.errors import InputError
+from quill.errors import InputError, print_note
 from quill.files import refuse_special_files
 from quill.training.checkpoint import BEST, LATEST, PREVIOUS
 
@@ -21,18 +21,17 @@ def path_of(name: str) -> Path:
     return path
 
 
-def holds_run(folder: Path) -> bool:
-    """Metrics alone are not one: a run that ended before it saved can only start again."""
-    return any((folder / name).exists() for name in CHECKPOINTS)
+def can_resume(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (LATEST, PREVIOUS))
 
 
 def refuse_to_overwrite(folder: Path) -> None:
-    """Raises InputError when the folder holds a run."""
-    if holds_run(folder):
+    """Raises InputError when the folder holds a run that has saved anything."""
+    if can_resume(folder) or (folder / BEST).exists():
+        resume = "continue that run (--init_from=resume), " if can_resume(folder) else ""
         raise InputError(
-            f"{folder} already holds a run: choose another folder (--out_dir={folder}-2), continue "
-            "that run (--init_from=resume), or start anew (--overwrite=true), which moves it to "
-            f"{next_previous(folder)}"
+            f"{folder} already holds a run: choose another folder (--out_dir={folder}-2), {resume}"
+            f"or start anew (--overwrite=true), which moves it to {next_previous(folder)}"
         )
 
 
@@ -50,14 +49,14 @@ def next_previous(folder: Path) -> Path:
 
 
 def move_aside(folder: Path) -> None:
-    """Move the files of the run that the folder holds, if it does, to previous-N in it.
+    """Move the files of a run that the folder holds to previous-N in it, and say so.
 
-    ckpt.pt is the last, so that a kill in between leaves a folder that still holds a run.
+    ckpt.pt is the last, so that after a kill in between a new run is still refused.
     """
-    if not holds_run(folder):
-        return
-    aside = next_previous(folder)
-    aside.mkdir()
-    for name in (METRICS, *CHECKPOINTS):
-        if (folder / name).exists():
-            (folder / name).rename(aside / name)
+    paths = [path for name in (METRICS, *CHECKPOINTS) if (path := folder / name).exists()]
+    if paths:
+        aside = next_previous(folder)
+        aside.mkdir()
+        print_note(f"the run that was in {folder} is moved to {aside}")
+    for path in paths:
+        path.rename(aside / path.name)

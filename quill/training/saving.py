@@ -9,6 +9,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from quill.errors import RunError, describe_os_error
 from quill.training import checkpoint, distributed
 
 
@@ -49,10 +50,13 @@ class Saver:
             self.saved_at = time.monotonic()
 
     def _write(self, best: dict | None, contents: dict) -> None:
-        if best is not None:
-            checkpoint.save_checkpoint(self.out_dir / checkpoint.BEST, best)
         previous = self.out_dir / checkpoint.PREVIOUS
-        checkpoint.save_checkpoint(self.out_dir / checkpoint.LATEST, contents, previous)
+        try:
+            if best is not None:
+                checkpoint.save_checkpoint(self.out_dir / checkpoint.BEST, best)
+            checkpoint.save_checkpoint(self.out_dir / checkpoint.LATEST, contents, previous)
+        except OSError as error:  # also of a missing folder, which was there before
+            raise RunError(describe_os_error(error)) from None
 
     def wait(self) -> None:
         """Until the last save is on the disk; raises the error that it failed with."""

@@ -169,6 +169,8 @@ def test_what_cannot_be_planned_or_measured(folder, call):
         ),
         (["--dataset=nowhere"], "not prepared"),
         (["--timed_steps=1"], "timed_steps"),
+        (["--devices=4", "--vocab_size=500"], "devices, vocab_size: only with --plan"),
+        (["--init_from=resume"], "init_from=resume"),
         (["--json=nowhere/figures.json"], "no such folder"),
     ]:
         code, _, err = call("bench", *flags)

@@ -127,7 +127,7 @@ def test_a_reader_that_leaves_early(tiny, call):
     train = f"{sys.executable} {REPO}/train.py {' '.join(TINY)} --max_iters=5000 --log_interval=1"
     train += " --overwrite=true"
     done = subprocess.run(f"({train}; echo $? >code) | head -n 5", shell=True, capture_output=True)
-    assert done.stderr.startswith(b"error: nobody reads") and Path("code").read_text() == "1\n"
+    assert b"\nerror: nobody reads" in done.stderr and Path("code").read_text() == "1\n"
 
 
 # ---- wrong input: exit 2, one line, nothing lost ------------------------------------------------
@@ -309,10 +309,21 @@ def test_resume_on_another_text_is_refused(tiny, call):
     call("prepare", "tiny", "--input=other.txt", "--overwrite=true")
     code, _, err = call("train", "--init_from=resume")
     assert code == 2 and "vocab_size is" in err and "another tokenizer and another text" in err
-    argv = re.search(r"python prepare.py (.*?);", err)[1].split()
-    assert argv == ["tiny", "--input=text.txt", "--tokenizer=out", "--overwrite=true"]
-    assert call("prepare", *argv)[0] == 0
+    argv = re.search(r"python prepare.py (.*?); its TEXT was text.txt", err)[1].split()
+    assert argv == ["tiny", "--input=TEXT", "--tokenizer=out", "--overwrite=true"]
+    assert call("prepare", *argv[:1], "--input=text.txt", *argv[2:])[0] == 0
     assert call("train", "--init_from=resume")[0] == 0
+
+
+def test_resume_on_a_dataset_of_another_name_says_which_it_was(tiny, call):
+    call("train", *TINY)
+    write("other.txt", "completely different characters 0123456789 " * 30)
+    call("prepare", "other", "--input=other.txt")
+    code, _, err = call("train", "--init_from=resume", "--dataset=other")
+    assert code == 2 and "leave --dataset out (the run's is 'tiny')" in err
+    assert "prepare.py" not in err and "these options" not in err
+    _, _, err = call("train", "--init_from=resume", "--dataset=other", "--n_layer=3")
+    assert "leave --dataset out (the run's is 'tiny') and leave these options out" in err
 
 
 def test_resume_on_a_changed_text_is_refused(tiny, call, text):

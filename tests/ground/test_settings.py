@@ -70,8 +70,8 @@ def test_good_flags(argv, field, value):
         (["--mode=maybe"], "expected true or false or 'auto'"),
         (["-rate=1"], "two dashes"),
         (["missing.py"], "missing.py: No such file"),
-        (["--name=a\0b"], "not valid UTF-8 without NUL"),
-        (["--name=a\udcffb"], "not valid UTF-8 without NUL"),
+        (["--name=a\0b"], "not utf-8 text without NUL"),
+        (["--name=a\udcffb"], "not utf-8 text without NUL"),
     ],
 )
 def test_bad_flags(argv, complaint):

@@ -41,22 +41,31 @@ def test_each_of_its_checkpoints_is_worth_keeping(tiny, call, name):
     for path in Path("out").glob("*.pt"):
         if path.name != name:
             path.unlink()
-    assert call("train", *TINY)[0] == 2
+    code, _, err = call("train", *TINY)
+    assert code == 2 and ("--init_from=resume" in err) == (name != "best.pt")
     # Where ckpt.pt is missing, auto starts anew: also after a kill between best.pt and ckpt.pt.
-    code, out, _ = call("train", *TINY, "--init_from=auto")
+    code, out, err = call("train", *TINY, "--init_from=auto")
     assert code == 0 and ("resuming" in out) == (name != "best.pt")
+    assert ("is moved to out/previous-1" in err) == (name == "best.pt")
     assert Path("out/previous-1/best.pt").exists() == (name == "best.pt")
 
 
 def test_what_is_no_run_is_no_reason_to_refuse(tiny, call):
-    """Metrics without a checkpoint, other files, an evaluation alone, a resume with overwrite."""
+    """Metrics without a checkpoint, which are moved all the same; other files; an evaluation."""
     Path("out").mkdir()
     Path("out/metrics.jsonl").write_text('{"step": 0}\n')
     Path("out/notes.txt").write_text("mine")
-    assert call("train", *TINY)[0] == 0
+    code, _, err = call("train", *TINY)
+    assert code == 0 and "is moved to out/previous-1" in err
     assert call("train", *TINY, "--eval_only=true")[0] == 0
-    assert call("train", *TINY, "--overwrite=true", "--init_from=resume")[0] == 0
-    assert not Path("out/previous-1").exists() and Path("out/notes.txt").exists()
+    assert [*files_of("out/previous-1").values()] == [b'{"step": 0}\n']
+    assert not Path("out/previous-2").exists() and Path("out/notes.txt").exists()
+
+
+@pytest.mark.parametrize("init_from", ["resume", "auto"])
+def test_to_start_anew_and_to_continue_is_a_contradiction(tiny, call, init_from):
+    code, _, err = call("train", *TINY, "--overwrite=true", f"--init_from={init_from}")
+    assert code == 2 and is_one_error_line(err) and "leave one out" in err
 
 
 def test_wrong_input_moves_nothing(tiny, call):

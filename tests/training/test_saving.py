@@ -18,6 +18,7 @@ import torch
 from helpers import TINY, flat_tensors, is_one_error_line
 
 import train
+from quill.errors import RunError
 from quill.training import checkpoint, state_dict
 from quill.training.log import Logger
 from quill.training.saving import Saver
@@ -199,7 +200,7 @@ def test_the_metrics_are_on_the_disk_before_the_checkpoint(tiny, call, monkeypat
 
 
 def test_no_error_of_the_last_save_is_lost(folder):
-    with pytest.raises(FileNotFoundError, match="missing"), Saver(Path("missing"), 0) as saver:
+    with pytest.raises(RunError, match="missing"), Saver(Path("missing"), 0) as saver:
         saver.start({})
 
 

@@ -136,8 +136,11 @@ def test_all_pictures_of_a_run(tiny, call):
     Path("out").rename("$\\x$")  # as a formula it would be wrong
     code, out, _ = call("plot", f"--out_dir=$\\x$,{tiny}/$\\x$")
     assert (code, out) == (0, "wrote $\\x$/losses.png and losses.svg\n")
-    code, _, err = call("plot", "--out_dir=a,b", "--pictures=attention")
-    assert code == 2 and is_one_error_line(err) and "one run, not a,b" in err
+    for flag in ("--pictures=attention", "--start=e"):
+        code, _, err = call("plot", f"--out_dir=$\\x$,{tiny}/$\\x$", flag)
+        assert code == 2 and is_one_error_line(err) and "one run, not $\\x$," in err
+    Path("$\\x$").rename("a,b")
+    assert call("plot", "--out_dir=a,b")[1].startswith("wrote a,b/loss.png")
 
 
 @VARIANTS
