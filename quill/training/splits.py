@@ -2,10 +2,11 @@
 
 import dataclasses
 
+import numpy as np
 import torch
 
 from quill.data import dataset_files, tokenizers
-from quill.data.dataset import Split
+from quill.data.dataset import TOKENS_SCANNED, Split
 from quill.data.problems import reverses_answers
 from quill.errors import InputError
 from quill.files import dataset_folder
@@ -19,6 +20,7 @@ class Splits:
     train: Split
     val: Split
     reverses_answers: bool  # see quill.data.problems
+    val_bytes_per_token: float
 
 
 def open_splits(name: str, block_size: int, device: torch.device) -> Splits:
@@ -42,4 +44,17 @@ def open_splits(name: str, block_size: int, device: torch.device) -> Splits:
         Split(bins[s], bins.get(f"{s}.mask"), *sizes, folder / f"{s}.bin")
         for s in dataset_files.SPLITS
     )
-    return Splits(meta, tokenizer, train, val, reverses_answers(meta.tokenizer))
+    n_bytes = bytes_per_token(tokenizer, bins["val"])
+    return Splits(meta, tokenizer, train, val, reverses_answers(meta.tokenizer), n_bytes)
+
+
+def bytes_per_token(tokenizer: tokenizers.Tokenizer, ids: np.ndarray) -> float:
+    """The mean over ids (N,) of the bytes of UTF-8 that each stands for; end_of_text for none."""
+    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    for start in range(0, len(ids), TOKENS_SCANNED):
+        part = np.minimum(ids[start : start + TOKENS_SCANNED], len(counts) - 1)
+        counts += np.bincount(part, minlength=len(counts))
+    sizes = [len(tokenizer.decode_bytes([i])) for i in range(len(counts))]
+    if tokenizer.end_of_text is not None:
+        sizes[tokenizer.end_of_text] = 0
+    return float(counts @ sizes / counts.sum())

@@ -57,7 +57,7 @@ def test_max_iters_updates_and_evaluations_at_both_ends(tiny, call):
     lines = metrics()
     assert [line["step"] for line in lines if "val_loss" in line] == [0, 3, 6, 7]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 6]
-    assert set(lines[0]) == {"step", "train_loss", "val_loss", "lr", "tokens"}
+    assert set(lines[0]) == {"step", "train_loss", "val_loss", "val_bpb", "lr", "tokens"}
     assert set(lines[1]) == {"step", "loss", "grad_norm", "lr", "mfu"}
     assert lines[1]["mfu"] is None, "a CPU's peak is not known"
     assert "step 7: train loss" in out and "ms/step" in out and "to go" in out
@@ -511,6 +511,21 @@ def test_val_loss_is_the_mean_over_every_val_token_but_the_first(tiny):
         total += loss.item()
     assert train.evaluate(run)["val_loss"] == pytest.approx(total / (len(val) - 1), rel=1e-6)
     assert train.evaluate(run) == train.evaluate(run)
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text(folder, call):
+    """Characters of one to three bytes, and ends of documents, which are no text."""
+    Path("text.jsonl").write_text('{"text": "été — naïve"}\n{"text": "to sleep"}\n' * 60)
+    val_text = ("été — naïve" + "to sleep") * 6
+    for tokenizer in ("char", "byte"):
+        argv = ("prepare", tokenizer, "--input=text.jsonl", f"--tokenizer={tokenizer}")
+        assert call(*argv)[0] == 0
+        run = new_run(f"--dataset={tokenizer}")
+        n_tokens = len(val_text if tokenizer == "char" else val_text.encode()) + 12
+        assert len(run.data.val) == n_tokens
+        found = train.evaluate(run)
+        bits = found["val_loss"] * n_tokens / math.log(2)
+        assert found["val_bpb"] == pytest.approx(bits / len(val_text.encode()))
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(tiny):
