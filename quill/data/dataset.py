@@ -19,7 +19,7 @@ IGNORE_INDEX = -1  # a target that carries no loss
 MAX_TOKENS_ON_DEVICE = 2**26
 # Up to this size evaluation covers every token of the val split; above, `eval_iters` windows.
 MAX_TOKENS_EVALUATED_WHOLE = 2**20
-TOKENS_SCANNED = 1 << 22  # of a loss mask at once, to bound the memory
+TOKENS_SCANNED = 1 << 22  # at once, of a whole split, to bound the memory
 
 
 class Split:

@@ -57,4 +57,4 @@ def bytes_per_token(tokenizer: tokenizers.Tokenizer, ids: np.ndarray) -> float:
     sizes = [len(tokenizer.decode_bytes([i])) for i in range(len(counts))]
     if tokenizer.end_of_text is not None:
         sizes[tokenizer.end_of_text] = 0
-    return float(counts @ sizes / counts.sum())
+    return max(1, int(counts @ sizes)) / len(ids)  # 1: where all documents are empty
