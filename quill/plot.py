@@ -14,6 +14,7 @@ Beside each PNG the same picture is written as SVG.
 
 import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
 import dataclasses
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -40,10 +41,13 @@ class PlotConfig:
 
 def main(argv: list[str]) -> int:
     config = settings.load(PlotConfig, argv, usage=__doc__)
+    os.environ["MPLBACKEND"] = "agg"  # of matplotlib's: files, no windows, whatever is set
     with needs_extra("plot"):
         import matplotlib
     is_one = Path(config.out_dir).is_dir()  # a folder's name may have a comma
     out_dirs = [Path(name) for name in ([config.out_dir] if is_one else config.out_dir.split(","))]
+    if not is_one and not all(config.out_dir.split(",")):
+        raise InputError(f"out_dir={config.out_dir}: a name between commas is empty")
     with matplotlib.rc_context(STYLE):
         for name, figure in draw(config, out_dirs).items():
             for kind in ("png", "svg"):

@@ -199,18 +199,19 @@ def _from_python(kind, value):
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         return _UNREADABLE
-    if kind is int and abs(value) >= 2**63:
-        return _UNREADABLE
     return value
 
 
 def _bounds_problem(field, value) -> list[str]:
     low, high = field.metadata.get("min"), field.metadata.get("max")
+    if type(value) is int:  # what PyTorch can hold
+        low = -(2**63) if low is None else low
+        high = 2**63 - 1 if high is None else high
     is_number = isinstance(value, (int, float))
     if is_number and low is not None and value < low:
-        return [f"{field.name}={value}: must be at least {low}"]
+        return [f"{field.name}={_shown(value)}: must be at least {low}"]
     if is_number and high is not None and value > high:
-        return [f"{field.name}={value}: must be at most {high}"]
+        return [f"{field.name}={_shown(value)}: must be at most {high}"]
     return []
 
 

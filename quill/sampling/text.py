@@ -78,6 +78,8 @@ class TextStream:
 def read_prompt(start: str) -> str:
     """The text itself, or the contents of the file that `FILE:path` names."""
     text = start
+    if start == "FILE:":
+        raise InputError("start=FILE: names no file")
     if start.startswith("FILE:"):
         path = Path(start.removeprefix("FILE:"))
         try:

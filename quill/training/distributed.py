@@ -49,10 +49,7 @@ _store = None  # torchrun's key-value store: processes find each other and count
 def session():
     """In the block, when one process fails all stop, with one message and its exit code."""
     global _store
-    if not re.fullmatch("[1-9][0-9]{0,5}", n := os.environ.get("WORLD_SIZE", "1")):
-        raise InputError(
-            f"WORLD_SIZE={n[:100]!r} is no number of processes: start it with torchrun"
-        )
+    _check_environment()
     if world_size() == 1:
         yield
         return
@@ -73,13 +70,21 @@ def session():
         raise SystemExit(code) from None
 
 
-def _connect_store() -> dist.Store:
-    values = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK")]
-    if not all(value.isdecimal() and int(value) < world_size() for value in values):
+def _check_environment() -> None:
+    if not re.fullmatch("[1-9][0-9]{0,5}", n := os.environ.get("WORLD_SIZE", "1")):
         raise InputError(
-            f"RANK and LOCAL_RANK are {values}, not numbers below WORLD_SIZE={world_size()}: start "
+            f"WORLD_SIZE={n[:100]!r} is no number of processes: start it with torchrun"
+        )
+    ranks = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK")]
+    are_ranks = all(re.fullmatch("[0-9]{1,6}", r) and int(r) < world_size() for r in ranks)
+    if world_size() > 1 and not are_ranks:
+        raise InputError(
+            f"RANK and LOCAL_RANK are {ranks}, not numbers below WORLD_SIZE={world_size()}: start "
             "it with torchrun"
         )
+
+
+def _connect_store() -> dist.Store:
     try:
         store, _, _ = next(dist.rendezvous("env://"))
     except ValueError as error:

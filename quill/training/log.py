@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from quill.data import tokenizers
 from quill.errors import InputError, flush_or_discard, needs_extra
 from quill.files import atomic_write
 from quill.training import devices, distributed, run_folder
@@ -47,6 +48,7 @@ class Logger:
         self.smooth_ms_per_step: float | None = None
         self.file = None
         self.dashboards = _open_dashboards(self.out_dir, config, self.resumed)
+        self.start = _start_of_a_sample(run.data)
         print_line(run_summary(run))
 
     def evaluation(self, record: dict, is_best: bool) -> None:
@@ -83,7 +85,7 @@ class Logger:
 
     def done(self, progress: Progress) -> None:
         best = f"best val loss {progress.best_val_loss:.4f}"
-        command = f"python sample.py --out_dir={shlex.quote(str(self.out_dir))}"
+        command = f"python sample.py --out_dir={shlex.quote(str(self.out_dir))}{self.start}"
         print_line(f"done after step {progress.step}, {best}; next: {command}")
 
     def stopped(self, progress: Progress, signal_number: int) -> None:
@@ -125,6 +127,16 @@ class Logger:
         known = {names.get(k, k): value for k, value in record.items() if value is not None}
         for dashboard in self.dashboards:
             dashboard.send(known)
+
+
+def _start_of_a_sample(data) -> str:
+    """The flag that sample.py needs where its default, a line end, is not in the vocabulary."""
+    try:
+        tokenizers.encode_prompt(data.tokenizer, "\n")
+        return ""
+    except InputError:
+        prompt = tokenizers.decode(data.tokenizer, data.val.prompt.tolist())
+        return f" --start={shlex.quote(prompt)}"
 
 
 def print_line(text: str) -> None:

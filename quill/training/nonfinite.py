@@ -14,9 +14,11 @@ class NonFiniteGuard:
 
     def __init__(self, config, device: torch.device):
         self.n_allowed = config.skip_nonfinite
-        self.rates = f"learning_rate ({config.learning_rate})"
+        self.remedies = f"learning_rate ({config.learning_rate})"
         if config.optimizer == "muon":
-            self.rates += f" or muon_learning_rate ({config.muon_learning_rate})"
+            self.remedies += f" or muon_learning_rate ({config.muon_learning_rate})"
+        if not 0 < config.grad_clip <= 1:
+            self.remedies += ", set grad_clip=1.0"
         self.slots = torch.arange(self.n_allowed + 1, device=device)
         self.bad_steps = torch.zeros_like(self.slots)  # numbered from 1; 0 is an empty slot
 
@@ -49,8 +51,8 @@ class NonFiniteGuard:
         if len(bad_steps) > self.n_allowed:
             raise RunError(
                 f"the loss or its gradient was not finite at step {bad_steps[-1]}; stopped before "
-                f"that update, which no checkpoint has: lower {self.rates}, raise warmup_iters, "
-                f"set grad_clip=1.0, or allow more than skip_nonfinite={self.n_allowed}"
+                f"that update, which no checkpoint has: lower {self.remedies}, raise warmup_iters, "
+                f"or allow more than skip_nonfinite={self.n_allowed}"
             )
 
 

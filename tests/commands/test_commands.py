@@ -295,9 +295,10 @@ def test_a_world_size_that_is_no_number_is_one_line(tiny, call, monkeypatch, val
     assert code == 2 and is_one_error_line(err) and "WORLD_SIZE" in err
 
 
+@pytest.mark.parametrize("rank", ["2", "x", ""])
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])
-def test_a_rank_beyond_the_processes_does_not_wait_for_them(tiny, call, monkeypatch, name):
-    for variable, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", name: "2"}.items():
+def test_a_rank_beyond_the_processes_does_not_wait_for_them(tiny, call, monkeypatch, name, rank):
+    for variable, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", name: rank}.items():
         monkeypatch.setenv(variable, value)
     code, _, err = call("train", *TINY)
     assert code == 2 and is_one_error_line(err) and "start it with torchrun" in err

@@ -81,6 +81,7 @@ def test_last_checkpoint_serves_when_there_is_no_best(trained, call):
     ("argv", "complaint"),
     [
         (["--start="], "the prompt is empty"),
+        (["--start=FILE:"], "names no file"),
         (["--start=FILE:nothing.txt"], "nothing.txt: No such file"),
         (["--start=FILE:empty.txt"], "the prompt is empty"),
         (["--start=FILE:latin.txt"], "latin.txt is not UTF-8 at byte 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -206,6 +207,16 @@ def test_a_line_of_the_metrics_that_is_nested_deeply_is_left_out(tiny, call):
         file.write("[" * 100_000 + "]" * 100_000 + "\n")
     assert call("train", "--init_from=resume", "--max_iters=7")[0] == 0
     assert metrics()[-1]["step"] == 7
+
+
+@pytest.mark.parametrize("text", ["to be or not to be\n", "it's a $text without line ends; "])
+def test_the_command_that_is_offered_in_the_end_runs(folder, call, text):
+    Path("text.txt").write_text(text * 30)
+    call("prepare", "tiny", "--input=text.txt")
+    _, out, _ = call("train", *TINY)
+    argv = shlex.split(out.partition("next: ")[2])
+    assert argv[:2] == ["python", "sample.py"]
+    assert call("sample", *argv[2:], "--num_samples=1")[0] == 0
 
 
 def test_resume_of_a_finished_run_changes_nothing(tiny, call):

@@ -41,7 +41,7 @@ def test_the_losses_alone_need_no_torch(tiny, call):
         file.write('{"step": 6, "skipped": 1}\n{"step": 6, "loss": null, "grad_norm": null}\n')
     probe = "import sys; from quill import plot; plot.main(['--pictures=loss'])"
     probe += "; sys.exit('torch' in sys.modules)"
-    environment = os.environ | {"PYTHONPATH": str(REPO)}
+    environment = os.environ | {"PYTHONPATH": str(REPO), "MPLBACKEND": "none of them"}
     line = [sys.executable, "-W", "error", "-c", probe]
     done = subprocess.run(line, env=environment, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -139,6 +139,8 @@ def test_all_pictures_of_a_run(tiny, call):
     for flag in ("--pictures=attention", "--start=e"):
         code, _, err = call("plot", f"--out_dir=$\\x$,{tiny}/$\\x$", flag)
         assert code == 2 and is_one_error_line(err) and "one run, not $\\x$," in err
+    code, _, err = call("plot", "--out_dir=$\\x$,")
+    assert code == 2 and is_one_error_line(err) and "is empty" in err
     Path("$\\x$").rename("a,b")
     assert call("plot", "--out_dir=a,b")[1].startswith("wrote a,b/loss.png")
 
