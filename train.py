@@ -20,7 +20,7 @@ import torch
 from model import GPT, GPTConfig
 from quill import settings
 from quill.data import dataset, tokenizers
-from quill.errors import EXIT_DONE, RunError, run_command, stop_signals
+from quill.errors import EXIT_DONE, RunError, Stopped, run_command, stop_signals
 from quill.files import file_lock
 from quill.interop.pretrained import Pretrained
 from quill.interop.start import find_start
@@ -125,6 +125,7 @@ class Run:
     next_batch: tuple | None = None  # prefetched
     log: Logger | NullLogger = dataclasses.field(default_factory=NullLogger)
     saver: Saver | None = None  # once the training starts
+    signals: list[int] = dataclasses.field(default_factory=list)  # received, that ask to stop
 
 
 def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | None = None) -> Run:
@@ -224,6 +225,7 @@ def evaluate_split(run: Run, split: dataset.Split, whole: bool) -> tuple[float, 
     loss_only = split.examples is None
     run.model.eval()
     for i in range(rank, len(batches), n):
+        check_signals(run)
         idx, targets = split.get_batch(batches[i])
         with devices.autocast(run.device, run.dtype):
             logits, sums[i] = run.forward(idx, targets, reduction="sum", loss_only=loss_only)
@@ -341,23 +343,29 @@ def train(run: Run) -> int:
             run_folder.move_aside(Path(config.out_dir))
     run.saver = Saver(Path(config.out_dir), config.checkpoint_seconds)
     signals = stop_signals(acts_at_second=distributed.world_size() == 1)
-    with contextlib.closing(run.log), signals as received, run.saver:
+    with contextlib.closing(run.log), signals as run.signals, run.saver:
         run.timer.start(progress)
-        while True:
-            run.saver.check()
-            # A signal to one process stops all of them after the same step.
-            signal_number = distributed.all_reduce_max(max(received, default=0))
-            if signal_number:
-                return save_and_stop(run, signal_number)
-            if evaluation_is_due(run):
-                evaluate_and_save(run)
-            if is_finished(run):
-                run.saver.wait()
-                run.log.done(progress)
-                return EXIT_DONE
-            loss, grad_norm = train_step(run)
-            if progress.step % config.log_interval == 0 or progress.step == 1:
-                log_step(run, loss, grad_norm)
+        try:
+            while not (is_finished(run) and is_evaluated(run)):
+                run.saver.check()
+                check_signals(run)
+                if evaluation_is_due(run):
+                    evaluate_and_save(run)
+                    continue
+                loss, grad_norm = train_step(run)
+                if progress.step % config.log_interval == 0 or progress.step == 1:
+                    log_step(run, loss, grad_norm)
+        except Stopped as stopped:
+            return save_and_stop(run, stopped.signal_number)
+        run.saver.wait()
+        run.log.done(progress)
+        return EXIT_DONE
+
+
+def check_signals(run: Run) -> None:
+    """Raise Stopped in all processes, at the same place, once one of them has had a signal."""
+    if signal_number := distributed.all_reduce_max(max(run.signals, default=0)):
+        raise Stopped(signal_number)
 
 
 def is_finished(run: Run) -> bool:
@@ -366,9 +374,12 @@ def is_finished(run: Run) -> bool:
 
 
 def evaluation_is_due(run: Run) -> bool:
-    step = run.progress.step
-    is_due = step % run.config.eval_interval == 0 or is_finished(run)
-    return is_due and step != run.progress.evaluated_step
+    is_due = run.progress.step % run.config.eval_interval == 0 or is_finished(run)
+    return is_due and not is_evaluated(run)
+
+
+def is_evaluated(run: Run) -> bool:
+    return run.progress.evaluated_step == run.progress.step
 
 
 def evaluate(run: Run) -> dict:

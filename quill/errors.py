@@ -127,6 +127,14 @@ def needs_extra(name: str):
         raise InputError(f"{error}; install the extra: pip install '.[{name}]'") from None
 
 
+class Stopped(Exception):
+    """A signal has asked the run to stop, and it is at a place where it can."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
 @contextlib.contextmanager
 def stop_signals(acts_at_second: bool):
     """Yield a list that collects SIGINT, SIGTERM and SIGHUP while the block runs.

@@ -193,6 +193,12 @@ def load_latest(out_dir: Path, may_move: bool, is_quiet: bool = False) -> dict:
         return load_checkpoint(path, for_resume=True)
     except DamagedError as error:
         if not previous.exists():
+            if not path.exists() and (out_dir / BEST).exists():
+                raise InputError(
+                    f"{out_dir} holds best.pt, for sampling, but no ckpt.pt to resume from: start "
+                    "anew (--overwrite=true), or from those weights in another folder "
+                    f"(--init_from={out_dir} --out_dir={out_dir}-2)"
+                ) from None
             raise
         contents = load_checkpoint(previous, for_resume=True)
         if may_move and path.exists():

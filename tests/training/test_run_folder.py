@@ -43,6 +43,8 @@ def test_each_of_its_checkpoints_is_worth_keeping(tiny, call, name):
             path.unlink()
     code, _, err = call("train", *TINY)
     assert code == 2 and ("--init_from=resume" in err) == (name != "best.pt")
+    code, _, err = call("train", "--init_from=resume", "--eval_only=true")
+    assert code == 2 * (name == "best.pt") and ("best.pt, for sampling" in err) == bool(code)
     # Where ckpt.pt is missing, auto starts anew: also after a kill between best.pt and ckpt.pt.
     code, out, err = call("train", *TINY, "--init_from=auto")
     assert code == 0 and ("resuming" in out) == (name != "best.pt")

@@ -179,6 +179,28 @@ def test_resume_is_bitwise_equal_to_never_stopping(tiny, call, monkeypatch, flag
     assert same(weights("whole/best.pt"), weights("parts/best.pt"))
 
 
+@pytest.mark.parametrize("stop_at", [1, 5, 12])  # the last is in the evaluation of step 3
+def test_a_signal_stops_an_evaluation_after_a_batch(tiny, call, monkeypatch, stop_at):
+    flags = [*TINY, "--eval_iters=8", "--average_decay=0.9"]
+    assert call("train", *flags, "--out_dir=whole")[0] == 0
+    get_batch, n_evaluated = dataset.Split.get_batch, [0]
+
+    def interrupted(split, offsets):
+        n_evaluated[0] += not torch.is_grad_enabled()
+        if n_evaluated[0] == stop_at:
+            signal_self()
+        return get_batch(split, offsets)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset.Split, "get_batch", interrupted)
+        assert call("train", *flags, "--out_dir=parts")[0] == 143
+    assert n_evaluated == [stop_at]
+    assert call("train", "--out_dir=parts", "--init_from=resume")[0] == 0
+    assert metrics("whole/metrics.jsonl") == metrics("parts/metrics.jsonl")
+    assert same(weights("whole/ckpt.pt"), weights("parts/ckpt.pt"))
+    assert same(weights("whole/best.pt"), weights("parts/best.pt"))
+
+
 def same_state(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
