@@ -127,7 +127,7 @@ def needs_extra(name: str):
         raise InputError(f"{error}; install the extra: pip install '.[{name}]'") from None
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818  it is no error
     """A signal has asked the run to stop, and it is at a place where it can."""
 
     def __init__(self, signal_number: int):
