@@ -6,18 +6,18 @@ Usage:
     python sample.py --out_dir=out --start=FILE:prompt.txt
     python sample.py --init_from=gpt2 --start="The meaning of life is"
     python sample.py --out_dir=out --interactive
+    python sample.py --out_dir=out-a,out-b      two models, their probabilities averaged
 """
 
 import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
 import dataclasses
 import functools
-from pathlib import Path
 
 from quill import settings
 from quill.data import dataset_files, tokenizers
 from quill.errors import InputError, blames_input, reader_may_leave, run_command
 from quill.files import dataset_folder
-from quill.interop import pretrained
+from quill.interop import ensemble, pretrained
 from quill.sampling import interactive
 from quill.sampling.decoder import Decoder
 from quill.sampling.text import SampleOptions, TextStream, read_prompt, sample_tokens, stream_text
@@ -29,7 +29,9 @@ SEPARATOR = "---------------"
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig(SampleOptions):
-    out_dir: str = option("out", "the run's folder: its best.pt is used, else its ckpt.pt")
+    out_dir: str = option(
+        "out", "the run's folder: its best.pt is used, else its ckpt.pt; a,b,c: the mean of several"
+    )
     init_from: str = option(
         "resume", "resume: out_dir's; gpt2, gpt2-medium, gpt2-large, gpt2-xl; or a path to weights"
     )
@@ -71,7 +73,7 @@ def load_model(config: SampleConfig):
         path = dataset_folder(config.dataset) / "meta.json"
         given = tokenizers.from_json(dataset_files.read_meta(path).tokenizer, str(path))
     if config.init_from == "resume":
-        loaded = pretrained.from_folder(Path(config.out_dir))
+        loaded = ensemble.from_folders(config.out_dir)
     else:
         loaded = pretrained.load(config.init_from)
     if loaded.tokenizer is not None and given is not None:

@@ -22,6 +22,7 @@ from quill import settings
 from quill.data import dataset, tokenizers
 from quill.errors import EXIT_DONE, RunError, Stopped, run_command, stop_signals
 from quill.files import file_lock
+from quill.interop.distill import Teacher
 from quill.interop.pretrained import Pretrained
 from quill.interop.start import find_start
 from quill.sampling.decoder import Decoder
@@ -75,6 +76,8 @@ class TrainConfig(OptimizerOptions, ModelOptions):
     wandb_project: str = option("quill", "its project")
     wandb_run_name: str = option("gpt", "its run name")
     tensorboard_log: bool = option(False, "log to out_dir/tensorboard (needs the 'track' extra)")
+    distill_from: str = option("", "learn also from the model in this folder; a,b,c: their mean")
+    distill_weight: float = option(0.5, "the teacher's part in the loss", min=0, max=1)
     # data
     batch_size: int = option(12, "windows in a micro-step", min=1, max=10**6)
     gradient_accumulation_steps: int = option(40, "micro-steps in a step", min=1, max=10**6)
@@ -121,6 +124,7 @@ class Run:
     timer: StepTimer
     update: Recorded  # update_weights, on one GPU as a single launch
     progress: Progress
+    teacher: Teacher | None = None
     is_resumed: bool = False
     next_batch: tuple | None = None  # prefetched
     log: Logger | NullLogger = dataclasses.field(default_factory=NullLogger)
@@ -141,7 +145,7 @@ def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | No
         checks.check_resume(config, data, model_config, saved)
     weights = None
     if start is not None:
-        checks.check_start(config, data, start)
+        checks.check_tokenizer(config.dataset, data, start, config.init_from)
         weights = start.fitted(model_config)
     checks.check_memory(model_config, device)
     compiles = devices.pick_compile(config.compile, device)
@@ -168,6 +172,9 @@ def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | No
         update=Recorded(lambda *batch: update_weights(run, *batch), device if records else None),
         progress=Progress(),
     )
+    if config.distill_from:
+        teachers, weight = config.distill_from, config.distill_weight
+        run.teacher = Teacher(teachers, weight, config, data, device)
     if saved is not None:
         parts = (model, run.optimizers, run.ema, run.scaler, run.guard)
         path = Path(config.out_dir, checkpoint.LATEST)
@@ -270,6 +277,8 @@ def get_batch(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
 def loss_sum(run: Run, idx, targets):
     """The summed loss of one micro-step's (B, T), in nats."""
     with devices.autocast(run.device, run.dtype):
+        if run.teacher is not None:
+            return run.teacher.loss_sum(run.forward(idx)[0], idx, targets)
         _, loss = run.forward(idx, targets, reduction="sum", loss_only=True)
     return loss
 

@@ -24,6 +24,14 @@ def open_file(path: Path):
     return path.open("rb")
 
 
+def split_folders(names: str) -> list[Path]:
+    """The folders that names separated by commas stand for; a single one's name may have some."""
+    parts = [names] if Path(names).is_dir() else names.split(",")
+    if not all(parts):
+        raise InputError(f"{names!r}: the name of a folder is empty")
+    return [Path(part) for part in parts]
+
+
 def refuse_special_files(*paths: Path) -> None:
     """Raise InputError where something else than a regular file would be renamed over.
 

@@ -20,7 +20,7 @@ from typing import Literal
 
 from quill import settings
 from quill.errors import InputError, needs_extra, run_command
-from quill.files import atomic_write
+from quill.files import atomic_write, split_folders
 from quill.settings import option
 from quill.views import curves
 
@@ -44,10 +44,7 @@ def main(argv: list[str]) -> int:
     os.environ["MPLBACKEND"] = "agg"  # of matplotlib's: files, no windows, whatever is set
     with needs_extra("plot"):
         import matplotlib
-    is_one = Path(config.out_dir).is_dir()  # a folder's name may have a comma
-    out_dirs = [Path(name) for name in ([config.out_dir] if is_one else config.out_dir.split(","))]
-    if not is_one and not all(config.out_dir.split(",")):
-        raise InputError(f"out_dir={config.out_dir}: a name between commas is empty")
+    out_dirs = split_folders(config.out_dir)
     with matplotlib.rc_context(STYLE):
         for name, figure in draw(config, out_dirs).items():
             for kind in ("png", "svg"):

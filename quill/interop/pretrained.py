@@ -57,6 +57,7 @@ class Pretrained:
     weights: dict[str, torch.Tensor]  # the state_dict of a model of this config, in float32
     tokenizer: Tokenizer | None  # None where the source has none
     reverses_answers: bool = False  # see quill.data.problems
+    dataset: str | None = None  # that they were trained on, by name, where the source says it
 
     def build(self) -> nn.Module:
         model = models.build(self.config)
@@ -140,7 +141,8 @@ def from_run(path: Path) -> Pretrained:
         models.check_weights(config, contents["model"])
     spec = contents["tokenizer"]
     tokenizer = from_json(spec, str(path))
-    return Pretrained(config, contents["model"], tokenizer, reverses_answers(spec))
+    dataset = contents["config"].get("dataset")
+    return Pretrained(config, contents["model"], tokenizer, reverses_answers(spec), dataset)
 
 
 def from_nanogpt(path: Path) -> Pretrained:

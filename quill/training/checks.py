@@ -95,17 +95,17 @@ def way_to_dataset(saved: dict, out_dir: Path, now_named: str) -> str:
     )
 
 
-def check_start(config, data, start) -> None:
-    """Raises InputError when the weights to start from are for another tokenizer."""
-    if start.tokenizer is not None and start.tokenizer.to_json() != data.tokenizer.to_json():
+def check_tokenizer(dataset: str, data, loaded, name: str) -> None:
+    """Raises InputError when the weights, loaded from `name`, are for another tokenizer."""
+    if loaded.tokenizer is not None and loaded.tokenizer.to_json() != data.tokenizer.to_json():
         raise InputError(
-            f"dataset {config.dataset!r} has another tokenizer than {config.init_from}: "
+            f"dataset {dataset!r} has another tokenizer than {name}: "
             "prepare it with that one, by --tokenizer"
         )
-    if data.meta.vocab_size > start.config.vocab_size:
+    if data.meta.vocab_size > loaded.config.vocab_size:
         raise InputError(
-            f"dataset {config.dataset!r} has {data.meta.vocab_size:,} tokens, more than the "
-            f"{start.config.vocab_size:,} of {config.init_from}"
+            f"dataset {dataset!r} has {data.meta.vocab_size:,} tokens, more than the "
+            f"{loaded.config.vocab_size:,} of {name}"
         )
 
 

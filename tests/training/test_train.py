@@ -152,11 +152,14 @@ def test_evaluating_does_not_touch_the_training(tiny, call):
         ["--dtype=bfloat16"],
         ["--dtype=float16"],
         ["--lr_schedule=wsd", "--gradient_accumulation_steps=1", "--tied_head=false"],
+        ["--distill_from=teacher"],
     ],
 )
 @pytest.mark.parametrize("stop_at", [1, 6, 8])  # between evaluations, at one
 def test_resume_is_bitwise_equal_to_never_stopping(tiny, call, monkeypatch, flags, stop_at):
     flags = [*TINY, *DROPOUT, *flags]
+    if "--distill_from=teacher" in flags:
+        assert call("train", *TINY, "--out_dir=teacher")[0] == 0
     assert call("train", *flags, "--out_dir=whole")[0] == 0
     train_step = train.train_step
 

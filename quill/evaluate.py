@@ -1,0 +1,77 @@
+"""Evaluate weights on a whole val split: nats per token, and bits per byte of text.
+
+Usage:
+    python -m quill.evaluate --out_dir=out                      on the dataset it was trained on
+    python -m quill.evaluate --out_dir=out --dataset=mine       on another one of the same tokenizer
+    python -m quill.evaluate --out_dir=out-a,out-b,out-c        the mean of their probabilities
+    python -m quill.evaluate --init_from=gpt2 --dataset=shakespeare
+"""
+
+import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
+import dataclasses
+import math
+import time
+
+import torch
+
+from quill import settings
+from quill.data.dataset import Split
+from quill.errors import InputError, run_command
+from quill.interop import ensemble, pretrained
+from quill.settings import DType, option
+from quill.training import checks, devices
+from quill.training.splits import open_splits
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    out_dir: str = option(
+        "out", "the run's folder: its best.pt is used, else its ckpt.pt; a,b,c: the mean of several"
+    )
+    init_from: str = option(
+        "resume", "resume: out_dir's; gpt2, gpt2-medium, gpt2-large, gpt2-xl; or a path to weights"
+    )
+    dataset: str = option("", "folder below data/; if empty, the one it was trained on")
+    batch_size: int = option(12, "windows at a time", min=1, max=10**6)
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: DType = option("auto", "dtype of matrix products")
+
+
+def main(argv: list[str]) -> int:
+    config = settings.load(EvaluateConfig, argv, usage=__doc__)
+    device = devices.pick_device(config.device)
+    dtype = devices.pick_dtype(config.dtype, device)
+    is_run = config.init_from == "resume"
+    name = config.out_dir if is_run else config.init_from
+    loaded = ensemble.from_folders(name) if is_run else pretrained.load(name)
+    dataset = config.dataset or loaded.dataset
+    if not dataset:
+        raise InputError(f"{name} does not say what it was trained on: give --dataset=NAME")
+    with devices.out_of_memory_advice(f"lower batch_size={config.batch_size}"):
+        model = loaded.build().eval().to(device)
+        data = open_splits(dataset, model.config.block_size, device)
+        checks.check_tokenizer(dataset, data, loaded, name)
+        started = time.perf_counter()
+        loss = mean_loss(model, data.val, config.batch_size, dtype)
+    bits = loss / math.log(2) / data.val_bytes_per_token
+    seconds = time.perf_counter() - started
+    print(f"{name} on {dataset}: val loss {loss:.4f}, val bpb {bits:.4f}, in {seconds:.1f} s")
+    return 0
+
+
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, split: Split, batch_size: int, dtype: torch.dtype) -> float:
+    """Nats per token over all of the split, as train.py evaluates a small one."""
+    offsets = split.eval_offsets(0, whole=True)
+    total = n_targets = 0
+    for start in range(0, len(offsets), batch_size):
+        idx, targets = split.get_batch(offsets[start : start + batch_size])
+        with devices.autocast(split.device, dtype):
+            _, loss = model(idx, targets, reduction="sum", loss_only=True)
+        total += loss.double()
+        n_targets += (targets != -1).sum()
+    return float(total / n_targets)
+
+
+if __name__ == "__main__":
+    run_command(main)
