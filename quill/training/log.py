@@ -15,7 +15,7 @@ from pathlib import Path
 from quill.data import tokenizers
 from quill.errors import InputError, flush_or_discard, needs_extra
 from quill.files import atomic_write
-from quill.training import devices, distributed, run_folder
+from quill.training import devices, distributed, reference, run_folder
 from quill.training.checkpoint import Progress
 from quill.training.optimizers import misfits_of_schedule
 
@@ -23,7 +23,8 @@ SLOW_RUN_SECONDS = 3600
 
 # How metrics of an evaluation are printed, if not as their name and four digits.
 FORMATS = {"val_exact": "{:.2%} of the answers right"}
-NO_METRICS = ("step", "sample", "lr", "tokens", "seconds")  # what else is in its record
+# What else is in its record.
+NO_METRICS = ("step", "sample", "lr", "tokens", "seconds", "expected_low", "expected_high")
 
 
 class NullLogger:
@@ -49,11 +50,18 @@ class Logger:
         self.file = None
         self.dashboards = _open_dashboards(self.out_dir, config, self.resumed)
         self.start = _start_of_a_sample(run.data)
+        self.expected = reference.find(run.config, run.data.meta.sha256)
         print_line(run_summary(run))
 
     def evaluation(self, record: dict, is_best: bool) -> None:
+        note = ", best so far" if is_best else ""
+        if record["step"] in self.expected:
+            low, high = self.expected[record["step"]]
+            record |= {"expected_low": low, "expected_high": high}
+            note += f", expected {low:.3f} to {high:.3f}"
+            note += "" if low <= record["val_loss"] <= high else ": THIS RUN IS OFF"
         self._write(record)
-        print_line(evaluation_text(record, ", best so far" if is_best else ""))
+        print_line(evaluation_text(record, note))
 
     def step(self, record: dict) -> None:
         """A log line."""

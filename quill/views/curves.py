@@ -19,7 +19,7 @@ def read_metrics(path: Path) -> list[dict]:
             record = json.loads(line)
             if record.get("loss", 0) is None:
                 del record["loss"]  # the step's update was skipped
-            names = ("train_loss", "val_loss", "loss", "lr")
+            names = ("train_loss", "val_loss", "loss", "lr", "expected_low", "expected_high")
             numbers = [record[name] for name in names if name in record]
             if type(record["step"]) is not int or not all(type(x) is float for x in numbers):
                 raise ValueError("no step with losses")
@@ -47,6 +47,10 @@ def draw_losses(runs: dict[str, list[dict]]):
         label = f"{title}val, best {losses[best]:.4f} at step {steps[best]}"
         star = {"markevery": [best], "markersize": 14, "markeredgecolor": "white"}
         above.plot(steps, losses, "-*", color=color, label=label, **star)
+        steps, low = columns(records, "expected_low")
+        if steps:  # a config that was measured
+            band = {"color": color, "alpha": 0.2, "linewidth": 0, "label": f"{title}val, expected"}
+            above.fill_between(steps, low, columns(records, "expected_high")[1], **band)
         below.plot(*columns(records, "lr"), color=color)
     above.set(ylabel="loss (nats per token)")
     below.set(xlabel="step", ylabel="learning rate")

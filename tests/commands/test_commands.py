@@ -56,7 +56,18 @@ compile = False
 
 
 @pytest.mark.parametrize(
-    "script", ["prepare", "train", "sample", "bench", "plot", "export", "evaluate", "arithmetic"]
+    "script",
+    [
+        "prepare",
+        "train",
+        "sample",
+        "bench",
+        "plot",
+        "export",
+        "evaluate",
+        "arithmetic",
+        "reference",
+    ],
 )
 def test_help_says_how_to_run_it(folder, script):
     done = command(script, "--help")

@@ -1,0 +1,64 @@
+"""Make a reference curve of runs that differ in their seed alone; train.py compares others with it.
+
+Usage:
+    python -m quill.reference --out_dir=out-a,out-b,out-c docs/reference/NAME.jsonl
+"""
+
+import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
+import dataclasses
+import json
+from pathlib import Path
+from statistics import fmean
+
+from quill import settings
+from quill.errors import InputError, run_command
+from quill.files import atomic_write, split_folders
+from quill.settings import option
+from quill.training import checkpoint, reference, run_folder
+from quill.views import curves
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceConfig:
+    out_dir: str = option("out", "the runs' folders, separated by commas")
+    dest: str = option("", "the file to write")
+
+
+def main(argv: list[str]) -> int:
+    config = settings.load(ReferenceConfig, argv, usage=__doc__, positional="dest")
+    if not config.dest:
+        raise InputError("DEST, the file to write, is missing (--help says more)")
+    folders = split_folders(config.out_dir)
+    header = header_of(folders)
+    curve_of = [dict(zip(*read_curve(folder), strict=True)) for folder in folders]
+    steps = [step for step in curve_of[0] if all(step in curve for curve in curve_of)]
+    lines = [json.dumps(header)]
+    for step in steps:
+        losses = [curve[step] for curve in curve_of]
+        line = {"step": step, "mean": fmean(losses), "low": min(losses), "high": max(losses)}
+        lines.append(json.dumps({name: round(value, 4) for name, value in line.items()}))
+    with atomic_write(Path(config.dest)) as (file,):
+        file.write("".join(f"{line}\n" for line in lines).encode())
+    print(f"wrote {config.dest}: {len(steps)} steps of {len(folders)} runs, {lines[-1]}")
+    return 0
+
+
+def read_curve(folder: Path) -> tuple[list[int], list[float]]:
+    return curves.columns(curves.read_metrics(folder / run_folder.METRICS), "val_loss")
+
+
+def header_of(folders: list[Path]) -> dict:
+    """Raises InputError where two runs differ in more than their seed, or not even in that."""
+    headers, seeds = [], []
+    for folder in folders:
+        saved = checkpoint.load_checkpoint(folder / checkpoint.LATEST)
+        options = reference.options_that_count(saved["config"])
+        headers.append({"options": options, "text_sha256": saved.get("text_sha256")})
+        seeds.append(saved["config"].get("seed"))
+    if len(set(seeds)) < len(seeds) or any(header != headers[0] for header in headers):
+        raise InputError("these runs should differ in their seeds and in nothing else")
+    return headers[0] | {"seeds": seeds}
+
+
+if __name__ == "__main__":
+    run_command(main)
