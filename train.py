@@ -355,20 +355,26 @@ def train(run: Run) -> int:
     with contextlib.closing(run.log), signals as run.signals, run.saver:
         run.timer.start(progress)
         try:
-            while not (is_finished(run) and is_evaluated(run)):
-                run.saver.check()
-                check_signals(run)
-                if evaluation_is_due(run):
-                    evaluate_and_save(run)
-                    continue
-                loss, grad_norm = train_step(run)
-                if progress.step % config.log_interval == 0 or progress.step == 1:
-                    log_step(run, loss, grad_norm)
+            with devices.compiler_errors(run.signals):
+                train_to_the_end(run)
         except Stopped as stopped:
             return save_and_stop(run, stopped.signal_number)
         run.saver.wait()
         run.log.done(progress)
         return EXIT_DONE
+
+
+def train_to_the_end(run: Run) -> None:
+    while not (is_finished(run) and is_evaluated(run)):
+        run.saver.check()
+        check_signals(run)
+        if evaluation_is_due(run):
+            evaluate_and_save(run)
+            continue
+        loss, grad_norm = train_step(run)
+        step = run.progress.step
+        if step % run.config.log_interval == 0 or step == 1:
+            log_step(run, loss, grad_norm)
 
 
 def check_signals(run: Run) -> None:

@@ -14,6 +14,9 @@ BAD_NAMES = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACC
 BAD_NAMES |= {errno.ENAMETOOLONG, errno.ELOOP}
 
 
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+
+
 class InputError(Exception):
     """The user's input is wrong: an option, a config, a dataset, a checkpoint or a prompt."""
 
@@ -33,9 +36,8 @@ def run_command(main) -> None:
         if failure is None:
             raise
         message, code = failure
-        is_of_output = isinstance(error, OSError) and not error.filename
-        if is_of_output and not flush_or_discard(sys.stdout):
-            message = f"standard output: {message}"
+        if isinstance(error, OSError) and not error.filename and error.errno in NO_SPACE:
+            message = f"standard output: {message}"  # all other files are named
         print_error(message)
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -59,17 +61,13 @@ def expected_failure(error: BaseException) -> tuple[str, int] | None:
     return None
 
 
-def flush_or_discard(stream) -> bool:
-    """-> whether all could be written.
-
-    What could not is dropped, or Python would fail again at its end, with exit code 120.
-    """
+def flush_or_discard(stream) -> None:
+    """Drop what cannot be written, or Python would fail again at its end, with exit code 120."""
     try:
-        stream.flush()
-        return True
+        if stream is not None:  # as a config file, which is a program, can set it
+            stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return False
 
 
 @contextlib.contextmanager
@@ -105,7 +103,7 @@ def print_error(message: str) -> None:
 
 def print_note(text: str) -> None:
     """Print to stderr; if that fails, carry on."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
         print(text, file=sys.stderr, flush=True)
 
 

@@ -45,7 +45,9 @@ def main(argv: list[str]) -> int:
     with needs_extra("plot"):
         import matplotlib
     out_dirs = split_folders(config.out_dir)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says, TeX for one
+        matplotlib.rcParams.update(STYLE)
         for name, figure in draw(config, out_dirs).items():
             for kind in ("png", "svg"):
                 metadata = {"Date": None} if kind == "svg" else None  # the same run, the same file

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from quill.errors import InputError, RunError, print_note
+from quill.errors import InputError, RunError, Stopped, print_note
+from quill.training import distributed
 
 # Dense bf16/fp16 matrix rate in FLOP/s by words of the device's name, from the vendor's data
 # sheets; the first match counts. For any other device no MFU is reported.
@@ -89,6 +90,23 @@ def pick_compile(setting: bool | str, device: torch.device) -> bool:
         print_note(f"without torch.compile, so slower: {reason}")
         return False
     return True
+
+
+@contextlib.contextmanager
+def compiler_errors(signals: list[int]):
+    """In the block, a failure of torch.compile is one line.
+
+    signals: received so far. Ctrl-C also ends the C compiler that a step waits for: Stopped, then.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        if signals and distributed.world_size() == 1:
+            raise Stopped(max(signals)) from None
+        reason = str(error).strip().partition("\n")[0]
+        raise RunError(f"torch.compile failed: {reason}; --compile=false does without") from None
 
 
 def set_up_device(device: torch.device, deterministic: bool, dropout: float) -> None:

@@ -1,5 +1,6 @@
 """What a run reports: lines on the screen, metrics.jsonl, and the dashboards asked for."""
 
+import contextlib
 import dataclasses
 import datetime
 import errno
@@ -111,7 +112,8 @@ class Logger:
     def sync(self) -> None:
         """Flush to the disk, so that no checkpoint there is newer than the lines before it."""
         self._open()
-        os.fsync(self.file.fileno())
+        with self._names_file():
+            os.fsync(self.file.fileno())
 
     def _open(self) -> None:
         """Only at the first line: a run that fails before leaves an older file as it was."""
@@ -121,14 +123,19 @@ class Logger:
                 file.writelines(kept)
             self.file = self.path.open("a", encoding="utf-8")
 
-    def _write(self, record: dict) -> None:
-        self._open()
+    @contextlib.contextmanager
+    def _names_file(self):
         try:
-            self.file.write(json.dumps(record, allow_nan=False) + "\n")
-            self.file.flush()
+            yield
         except OSError as error:
             error.filename = str(self.path)
             raise
+
+    def _write(self, record: dict) -> None:
+        self._open()
+        with self._names_file():
+            self.file.write(json.dumps(record, allow_nan=False) + "\n")
+            self.file.flush()
         # TensorBoard shows one value of a name at a step, and a log line of the same step has the
         # learning rate of the update before.
         names = {"lr": "next_lr"} if "val_loss" in record else {}

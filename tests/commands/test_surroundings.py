@@ -10,13 +10,14 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import time
 import traceback
 from pathlib import Path
 
 import pytest
-from helpers import TINY
+from helpers import TINY, command, is_one_error_line
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -241,3 +242,12 @@ def test_closed_and_full_streams(pristine, name, streams):
     streams = STREAMS | {0: "typed"} | streams
     code = one_case(pristine, name, streams, {}, None, False, {})
     assert code == (1 if streams[1] == "/dev/full" and not expected else expected)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_output_is_named(tiny):
+    with Path("/dev/full").open("w") as full:
+        done = command("prepare", "tiny", "--input=text.txt", capture_output=False, stdout=full,
+                       stderr=subprocess.PIPE)  # fmt: skip
+    assert done.returncode == 1 and is_one_error_line(done.stderr)
+    assert "standard output: No space left" in done.stderr

@@ -204,6 +204,27 @@ def test_a_signal_stops_an_evaluation_after_a_batch(tiny, call, monkeypatch, sto
     assert same(weights("whole/best.pt"), weights("parts/best.pt"))
 
 
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_a_compiler_that_fails_is_one_line_or_the_signal_that_ended_it(
+    tiny, call, monkeypatch, is_stopped
+):
+    from torch._inductor.exc import InductorError
+
+    def fail(run):
+        if is_stopped:
+            signal_self()
+        raise InductorError(RuntimeError("C++ compile error"), None)
+
+    monkeypatch.setattr(train, "train_step", fail)
+    code, out, err = call("train", *TINY)
+    if is_stopped:
+        assert code == 143 and "SIGTERM: saved after step 0" in out and err == ""
+        assert checkpoint.load_checkpoint(Path("out/ckpt.pt"), for_resume=True)["step"] == 0
+    else:
+        assert code == 1 and is_one_error_line(err) and "C++ compile error" in err
+        assert "--compile=false" in err
+
+
 def same_state(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import REPO, TINY, VARIANTS, is_one_error_line, random_ids, tiny_model
-from matplotlib import image, rc_context
+from matplotlib import image, rc_context, rcParams
 
 from quill import plot
 from quill.data import tokenizers
@@ -109,7 +109,7 @@ def test_without_matplotlib(folder, call, monkeypatch):
 # ---- the model's pictures ----------------------------------------------------------------------
 
 
-def test_all_pictures_of_a_run(tiny, call):
+def test_all_pictures_of_a_run(tiny, call, monkeypatch):
     call("train", *TINY)
     code, out, err = call("plot", "--out_dir=out")
     assert (code, err) == (0, "")
@@ -141,6 +141,8 @@ def test_all_pictures_of_a_run(tiny, call):
         assert code == 2 and is_one_error_line(err) and "one run, not $\\x$," in err
     code, _, err = call("plot", "--out_dir=$\\x$,")
     assert code == 2 and is_one_error_line(err) and "is empty" in err
+    monkeypatch.setitem(rcParams, "text.usetex", True)  # as a matplotlibrc may have it
+    assert call("plot", "--out_dir=$\\x$", "--pictures=loss")[0] == 0
     Path("$\\x$").rename("a,b")
     assert call("plot", "--out_dir=a,b")[1].startswith("wrote a,b/loss.png")
 
