@@ -30,7 +30,7 @@ def run_command(main) -> None:
     sys.stdout.reconfigure(errors="replace")  # for characters that its encoding lacks
     try:
         code = main(sys.argv[1:])
-        sys.stdout.flush()
+        print(end="", flush=True)
     except (Exception, KeyboardInterrupt) as error:
         failure = expected_failure(error)
         if failure is None:
@@ -75,7 +75,7 @@ def reader_may_leave():
     """In the block, a reader of the output that leaves (`head`, say) has seen enough: no error."""
     try:
         yield
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:
         flush_or_discard(sys.stdout)
 
