@@ -44,6 +44,7 @@ class GPTConfig:
     norm: Literal["layernorm", "rmsnorm"] = option("layernorm", "normalization")
     qk_norm: bool = option(False, "normalize queries and keys")
     mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = option("gelu", "activation")
+    token_shift: bool = option(False, "the MLP also reads the token before")
     tied_head: bool = option(True, "the output matrix is the token embedding")
     residual_init: Literal["scaled", "zero"] = option("scaled", "init of residual projections")
     init_std: float = option(0.02, "standard deviation of the initial weights", min=1e-6, max=1)
@@ -208,14 +209,20 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
+        self.layer = layer
         self.ln_1 = Norm(config)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = Norm(config)
+        self.shift = nn.Parameter(torch.full((config.n_embd,), 0.3)) if config.token_shift else None
         self.mlp = MLP(config)
 
     def forward(self, x, rotary, cache):
         x = x + self.attn(self.ln_1(x), rotary, cache)
-        return x + self.mlp(self.ln_2(x))
+        h = self.ln_2(x)
+        if self.shift is not None:  # by channel, as in RWKV, Peng et al. 2023
+            before = F.pad(h, (0, 0, 1, -1)) if cache is None else cache.before(self.layer, h)
+            h = h + before * self.shift.to(h.dtype)
+        return x + self.mlp(h)
 
 
 def cross_entropy(logits, targets, reduction: str):
@@ -375,6 +382,7 @@ class KVCache:
     """Keys and values of the tokens a model has read, preallocated for block_size tokens.
 
     k, v: of each layer (B, nh, block_size, hs), of which the first `n_tokens` positions are filled.
+    newest: of each layer (B, 1, C), what a token shift will give to the next token.
     """
 
     def __init__(self, model: GPT, batch_size: int):
@@ -383,6 +391,9 @@ class KVCache:
         options = {"device": weight.device, "dtype": attention_dtype(weight)}
         self.k = [torch.zeros(shape, **options) for _ in range(config.n_layer)]
         self.v = [torch.zeros(shape, **options) for _ in range(config.n_layer)]
+        shape = (batch_size, 1, config.n_embd)
+        n_shifts = config.n_layer if config.token_shift else 0
+        self.newest = [weight.new_zeros(shape) for _ in range(n_shifts)]
         self.n_tokens = 0
 
     def positions(self, T: int):
@@ -397,6 +408,12 @@ class KVCache:
         self.v[layer][:, :, new] = v
         return self.k[layer][:, :, : new.stop], self.v[layer][:, :, : new.stop]
 
+    def before(self, layer: int, h):
+        """For each token of h (B, T, C) the row of the token before it."""
+        rows = torch.cat((self.newest[layer], h), dim=1)
+        self.newest[layer].copy_(rows[:, -1:])
+        return rows[:, :-1]
+
     def mask(self, T: int):
         """Which keys each of T new tokens may attend to, (T, n); None where no mask is needed."""
         if T == 1 or self.n_tokens == 0:  # a single token attends to all; a first read is_causal
@@ -409,6 +426,8 @@ class KVCache:
 
     def clear(self) -> None:
         self.n_tokens = 0
+        for row in self.newest:
+            row.zero_()
 
 
 def logits_to_probs(logits, temperature: float, top_k: int, top_p: float):

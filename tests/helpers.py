@@ -42,7 +42,10 @@ MODERN = {
     **{"position": "rotary", "norm": "rmsnorm", "qk_norm": True, "mlp": "relu2"},
     **{"tied_head": False, "residual_init": "zero", "bias": False},
 }
-VARIANTS = pytest.mark.parametrize("switches", [CLASSIC, MODERN, MODERN | {"mlp": "swiglu"}])
+SHIFTED = {"mlp": "swiglu", "position": "rotary", "token_shift": True}
+VARIANTS = pytest.mark.parametrize(
+    "switches", [CLASSIC, MODERN, MODERN | {"mlp": "swiglu"}, SHIFTED]
+)
 
 
 def tiny_model(switches, is_random=True, **changes) -> GPT:

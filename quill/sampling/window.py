@@ -124,4 +124,5 @@ class FixedKVCache(KVCache):
         self.end += T
 
     def clear(self) -> None:
+        super().clear()
         self.end.zero_()
