@@ -10,7 +10,7 @@ import pytest
 from helpers import REPO
 
 SCRIPTS = ("train", "sample", "prepare")
-COMMANDS = ("plot", "bench", "export", "evaluate", "arithmetic", "reference")
+COMMANDS = ("plot", "bench", "export", "evaluate", "arithmetic", "reference", "scaling")
 TOP_LEVEL = {
     *("model.py", "train.py", "sample.py", "prepare.py", "config", "data", "README.md", "tests"),
     *("pyproject.toml", "quill", "docs", "lecture", ".ci", ".gitignore", "LICENSE"),

@@ -67,6 +67,7 @@ compile = False
         "evaluate",
         "arithmetic",
         "reference",
+        "scaling",
     ],
 )
 def test_help_says_how_to_run_it(folder, script):

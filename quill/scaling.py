@@ -1,0 +1,200 @@
+"""A scaling law of your own: which size is best for a number of operations, and what it reaches.
+
+Usage:
+    python -m quill.scaling --dataset=classics
+    python -m quill.scaling --dataset=classics --smallest=1e11 --budgets=2 --seeds=1    a trial
+
+Models of several sizes are trained for several budgets of operations, each by train.py with
+config/scaling.py. A law is fitted to their val losses, and a prediction written down before the run
+that tests it is made. The same command continues a study that was stopped.
+"""
+
+import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
+import dataclasses
+import datetime
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from model import GPT, GPTConfig
+from quill import settings
+from quill.data import dataset_files
+from quill.errors import InputError, RunError, needs_extra, run_command
+from quill.files import atomic_write, dataset_folder, file_lock
+from quill.settings import option
+from quill.views import curves, scaling
+from quill.views.scaling import Run
+
+ROOT = Path(__file__).parents[1]
+SIZES = ((2, 32), (2, 48), (3, 64), (4, 80), (4, 112), (5, 144))  # layers, width
+LARGER_SIZES = ((6, 176), (6, 208))  # for the prediction
+HEAD_SIZE = 16
+SWITCHES = {"block_size": 64, "position": "rotary", "mlp": "swiglu", "token_shift": True}
+BATCH_SIZE = 24
+RATES = {"learning_rate": 4e-3, "muon_learning_rate": 0.015}
+FACTORS = (0.5, 1.0, 2.0)  # of these rates, tried for each size at the smallest budget
+SEED = 1337
+AHEAD = 4  # times the largest budget, for the prediction
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalingConfig:
+    dataset: str = option("classics", "folder below data/, of a text of tens of megabytes")
+    out_dir: str = option("out-scaling", "folder for the runs, the law and its picture")
+    smallest: float = option(1e12, "the smallest budget, in operations", min=1e9, max=1e21)
+    budgets: int = option(4, "how many budgets, each twice the one before", min=2, max=20)
+    seeds: int = option(3, "runs of each size and budget", min=1, max=100)
+    jobs: int = option(2, "runs at a time, of one thread each", min=1, max=1000)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run to make. Its operations come as near to the budget as whole steps do."""
+
+    size: tuple[int, int]
+    budget: float
+    factor: float  # of the rates
+    seed: int
+    n_parameters: int
+    n_steps: int
+
+    @property
+    def name(self) -> str:
+        n_layer, n_embd = self.size
+        return f"{self.budget:.4g}-{n_layer}x{n_embd}-{self.factor:g}-{self.seed}"
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_steps * BATCH_SIZE * SWITCHES["block_size"]
+
+
+def main(argv: list[str]) -> int:
+    config = settings.load(ScalingConfig, argv, usage=__doc__)
+    with needs_extra("plot"):
+        import matplotlib  # noqa: F401  fails before the runs, not after them
+    meta, _ = dataset_files.read(dataset_folder(config.dataset))
+    study = Study(config, meta.vocab_size, meta.train_tokens)
+    with file_lock(study.folder):
+        factors = study.tune()
+        runs = study.make_all(study.grid(factors))
+        law, others = scaling.fit(runs), scaling.bootstrap(runs)
+        print("\n".join(scaling.describe(law, others)))
+        figure = scaling.draw(runs, law)
+        with atomic_write(study.folder / "scaling.png") as (file,):
+            figure.savefig(file, format="png", dpi=150)
+        plan, predicted = study.predict(law, others, factors)
+        [run] = study.make_all([plan])
+        low, high = predicted["interval"]
+        print(f"predicted {predicted['val_loss']:.4f} ({low:.4f} to {high:.4f}) for {plan.name}")
+        print(f"reached {run.val_loss:.4f}")
+    return 0
+
+
+class Study:
+    """The runs of a study, each made once; those of its folder are not made again."""
+
+    def __init__(self, config: ScalingConfig, vocab_size: int, train_tokens: int):
+        self.config, self.folder = config, Path(config.out_dir)
+        self.vocab_size, self.train_tokens = vocab_size, train_tokens
+        self.budgets = [config.smallest * 2**i for i in range(config.budgets)]
+
+    def tune(self) -> dict[tuple[int, int], float]:
+        """The best factor of the rates for each size, at the smallest budget."""
+        plans = [self.plan(size, self.budgets[0], factor) for size in SIZES for factor in FACTORS]
+        losses = {plan: run.val_loss for plan, run in zip(plans, self.make_all(plans), strict=True)}
+        return {
+            size: min(FACTORS, key=lambda f: losses[self.plan(size, self.budgets[0], f)])
+            for size in SIZES
+        }
+
+    def grid(self, factors: dict[tuple[int, int], float]) -> list[Plan]:
+        """The largest runs first, so that at the end none is waited for alone."""
+        return [
+            self.plan(size, budget, factors[size], SEED + i)
+            for budget in reversed(self.budgets)
+            for size in SIZES
+            for i in range(self.config.seeds)
+        ]
+
+    def plan(self, size, budget: float, factor: float, seed: int = SEED) -> Plan:
+        n_layer, n_embd = size
+        sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_embd // HEAD_SIZE}
+        with torch.device("meta"):  # to count
+            model = GPT(GPTConfig(**sizes, **SWITCHES, vocab_size=self.vocab_size, bias=False))
+        flops_per_step = model.flops_per_token() * BATCH_SIZE * SWITCHES["block_size"]
+        n_steps = max(1, round(budget / flops_per_step))
+        return Plan(size, budget, factor, seed, model.n_parameters(), n_steps)
+
+    def predict(self, law, others, factors) -> tuple[Plan, dict]:
+        """What the best size reaches with a larger budget; what was once written down stays."""
+        sizes = (*SIZES, *LARGER_SIZES)
+        factors = factors | dict.fromkeys(LARGER_SIZES, factors[SIZES[-1]])
+        plans = [self.plan(size, AHEAD * self.budgets[-1], factors[size]) for size in sizes]
+        plan = min(plans, key=lambda plan: law.loss(plan.n_parameters, plan.n_tokens))
+        path = self.folder / "prediction.json"
+        if not path.exists():
+            losses = [one.loss(plan.n_parameters, plan.n_tokens) for one in (law, *others)]
+            content = {"run": plan.name, "val_loss": losses[0]}
+            content["interval"] = scaling.interval(losses[1:])
+            with atomic_write(path) as (file,):
+                file.write(json.dumps(content).encode())
+        predicted = json.loads(path.read_text())
+        if predicted["run"] != plan.name:
+            raise InputError(f"{path} is of {predicted['run']}, not of {plan.name}: remove it")
+        return plan, predicted
+
+    def make_all(self, plans: list[Plan]) -> list[Run]:
+        """Those that are not finished are made, a few at a time."""
+        missing = [plan for plan in plans if self.result(plan) is None]
+        work = sum(plan.budget for plan in missing)
+        done, started = 0.0, time.monotonic()
+        pool = ThreadPoolExecutor(self.config.jobs)
+        try:
+            for plan, run in zip(missing, pool.map(self.make, missing), strict=True):
+                done += plan.budget
+                seconds = (work - done) / done * (time.monotonic() - started)
+                to_go = datetime.timedelta(seconds=round(seconds))
+                passes = plan.n_tokens / self.train_tokens
+                note = f", {passes:.1f} passes over the text" if passes > 1 else ""
+                print(f"{plan.name}: val loss {run.val_loss:.4f}{note}; {to_go} to go", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C no further run is begun
+        return [self.result(plan) for plan in plans]
+
+    def make(self, plan: Plan) -> Run:
+        argv = [sys.executable, str(ROOT / "train.py"), str(ROOT / "config" / "scaling.py")]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(
+            [*argv, *self.flags(plan)], env=environment, capture_output=True, text=True
+        )
+        if ended.returncode:
+            raise RunError(f"{plan.name} ended with code {ended.returncode}: {ended.stderr[-300:]}")
+        return self.result(plan)
+
+    def flags(self, plan: Plan) -> list[str]:
+        n_layer, n_embd = plan.size
+        options = {"dataset": self.config.dataset, "out_dir": self.folder / plan.name}
+        options |= {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_embd // HEAD_SIZE, **SWITCHES}
+        options |= {name: rate * plan.factor for name, rate in RATES.items()}
+        options |= {"batch_size": BATCH_SIZE, "max_iters": plan.n_steps, "seed": plan.seed}
+        return [f"--{name}={value}" for name, value in options.items()] + ["--init_from=auto"]
+
+    def result(self, plan: Plan) -> Run | None:
+        """None while the run is not finished."""
+        path = self.folder / plan.name / "metrics.jsonl"
+        if not path.exists():
+            return None
+        losses = dict(zip(*curves.columns(curves.read_metrics(path), "val_loss"), strict=True))
+        if plan.n_steps not in losses:
+            return None
+        return Run(plan.budget, plan.n_parameters, plan.n_tokens, losses[plan.n_steps])
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,95 @@
+"""A scaling law: fitted to runs that follow one, and the study that makes the runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import is_one_error_line
+
+from quill import scaling as study
+from quill.views import scaling
+from quill.views.scaling import Law, Run
+
+TRUE = Law(1.0, 30.0, 200.0, 0.4, 0.45)
+
+
+def runs_of(law: Law, noise: float = 0.0) -> list[Run]:
+    rng = np.random.default_rng(0)
+    return [
+        Run(c, n, int(c / (6 * n)), float(law.loss(n, c / (6 * n)) + noise * rng.normal()))
+        for c in (1e12, 2e12, 4e12, 8e12)
+        for n in (30_000, 60_000, 150_000, 300_000, 600_000, 1_200_000)
+    ]
+
+
+def test_a_law_is_found_in_runs_that_follow_it():
+    law = scaling.fit(runs_of(TRUE))
+    assert law.alpha == pytest.approx(0.4, abs=0.03) and law.beta == pytest.approx(0.45, abs=0.03)
+    n, d = 2_000_000, 5e12 / 3
+    assert law.loss(n, d) == pytest.approx(TRUE.loss(n, d), abs=0.01)
+
+
+def test_the_interval_of_an_exponent_holds_the_true_one():
+    laws = scaling.bootstrap(runs_of(TRUE, noise=0.005), n_times=20)
+    low, high = scaling.interval(law.size_exponent for law in laws)
+    assert low - 0.05 < TRUE.size_exponent < high + 0.05 and high - low < 0.5
+
+
+def test_too_few_runs_are_no_law():
+    with pytest.raises(ValueError, match="too few"):
+        scaling.fit(runs_of(TRUE)[:5])
+
+
+@pytest.fixture
+def made(tiny, monkeypatch) -> list[str]:
+    """train.py is replaced by the true law; -> the names of the runs that were made."""
+    names = []
+
+    def make(self, plan):
+        names.append(plan.name)
+        folder = self.folder / plan.name
+        folder.mkdir()
+        loss = float(TRUE.loss(plan.n_parameters, plan.n_tokens)) + abs(plan.factor - 1)
+        lines = [{"step": s, "train_loss": 1.0, "val_loss": loss} for s in (0, plan.n_steps)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        if Path("out-scaling/prediction.json").exists():
+            names.append("after the prediction")
+        return self.result(plan)
+
+    monkeypatch.setattr(study.Study, "make", make)
+    monkeypatch.setattr(scaling, "GRID", np.linspace(0.3, 0.6, 7))
+    return names
+
+
+def test_a_study_predicts_and_then_makes_the_largest_run(made, call):
+    flags = ["--dataset=tiny", "--seeds=2", "--budgets=2", "--jobs=1"]
+    code, out, _ = call("scaling", *flags)
+    n_tuning, n_grid = len(study.SIZES) * len(study.FACTORS), len(study.SIZES) * 2 * 2
+    # At the smallest budget the runs at the best rate serve twice.
+    assert code == 0 and len(made) == n_tuning + n_grid - len(study.SIZES) + 1 + 1
+    assert made[-1] == "after the prediction" and made.count("after the prediction") == 1
+    assert len(set(made)) == len(made)
+    predicted = json.loads(Path("out-scaling/prediction.json").read_text())
+    reached = float(out.rpartition("reached ")[2])
+    assert predicted["val_loss"] == pytest.approx(reached, abs=0.01)
+    assert "passes over the text" in out, "the text is short"
+    assert Path("out-scaling/scaling.png").stat().st_size > 1000
+    made.clear()
+    assert call("scaling", *flags)[0] == 0 and made == [], "nothing is made twice"
+
+
+def test_a_run_that_fails_ends_the_study_with_its_reason(tiny, call, monkeypatch):
+    monkeypatch.setattr(study, "RATES", {"learning_rate": -1.0})
+    monkeypatch.setattr(study, "SIZES", ((2, 32),))
+    code, _, err = call("scaling", "--dataset=tiny", "--smallest=1e9")
+    assert code == 1 and is_one_error_line(err) and "ended with code 2" in err
+    assert "learning_rate" in err
+
+
+@pytest.mark.slow
+def test_a_small_study_of_real_runs(tiny, call):
+    code, out, _ = call("scaling", "--dataset=tiny", "--smallest=1e9", "--budgets=2", "--seeds=1")
+    assert code == 0 and "size exponent" in out
