@@ -46,7 +46,7 @@ AHEAD = 4  # times the largest budget, for the prediction
 @dataclasses.dataclass(frozen=True)
 class ScalingConfig:
     dataset: str = option("classics", "folder below data/, of a text of tens of megabytes")
-    out_dir: str = option("out-scaling", "folder for the runs, the law and its picture")
+    out_dir: str = option("out-scaling", "folder; the runs, law and picture are in its DATASET/")
     smallest: float = option(1e12, "the smallest budget, in operations", min=1e9, max=1e21)
     budgets: int = option(4, "how many budgets, each twice the one before", min=2, max=20)
     seeds: int = option(3, "runs of each size and budget", min=1, max=100)
@@ -83,7 +83,10 @@ def main(argv: list[str]) -> int:
     with file_lock(study.folder):
         factors = study.tune()
         runs = study.make_all(study.grid(factors))
-        law, others = scaling.fit(runs), scaling.bootstrap(runs)
+        try:
+            law, others = scaling.fit(runs), scaling.bootstrap(runs)
+        except ValueError as error:
+            raise RunError(str(error)) from None
         print("\n".join(scaling.describe(law, others)))
         figure = scaling.draw(runs, law)
         with atomic_write(study.folder / "scaling.png") as (file,):
@@ -100,7 +103,7 @@ class Study:
     """The runs of a study, each made once; those of its folder are not made again."""
 
     def __init__(self, config: ScalingConfig, vocab_size: int, train_tokens: int):
-        self.config, self.folder = config, Path(config.out_dir)
+        self.config, self.folder = config, Path(config.out_dir, config.dataset)
         self.vocab_size, self.train_tokens = vocab_size, train_tokens
         self.budgets = [config.smallest * 2**i for i in range(config.budgets)]
 

@@ -51,11 +51,11 @@ def made(tiny, monkeypatch) -> list[str]:
     def make(self, plan):
         names.append(plan.name)
         folder = self.folder / plan.name
-        folder.mkdir()
+        folder.mkdir(parents=True)
         loss = float(TRUE.loss(plan.n_parameters, plan.n_tokens)) + abs(plan.factor - 1)
         lines = [{"step": s, "train_loss": 1.0, "val_loss": loss} for s in (0, plan.n_steps)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-        if Path("out-scaling/prediction.json").exists():
+        if Path("out-scaling/tiny/prediction.json").exists():
             names.append("after the prediction")
         return self.result(plan)
 
@@ -72,11 +72,11 @@ def test_a_study_predicts_and_then_makes_the_largest_run(made, call):
     assert code == 0 and len(made) == n_tuning + n_grid - len(study.SIZES) + 1 + 1
     assert made[-1] == "after the prediction" and made.count("after the prediction") == 1
     assert len(set(made)) == len(made)
-    predicted = json.loads(Path("out-scaling/prediction.json").read_text())
+    predicted = json.loads(Path("out-scaling/tiny/prediction.json").read_text())
     reached = float(out.rpartition("reached ")[2])
     assert predicted["val_loss"] == pytest.approx(reached, abs=0.01)
     assert "passes over the text" in out, "the text is short"
-    assert Path("out-scaling/scaling.png").stat().st_size > 1000
+    assert Path("out-scaling/tiny/scaling.png").stat().st_size > 1000
     made.clear()
     assert call("scaling", *flags)[0] == 0 and made == [], "nothing is made twice"
 
