@@ -14,4 +14,4 @@ learning_rate = 1.5e-2
 lr_schedule = "wsd"
 wsd_decay_share = 0.6
 warmup_iters = 10
-max_iters = 175
+max_iters = 140
