@@ -251,3 +251,10 @@ def test_a_full_output_is_named(tiny):
                        stderr=subprocess.PIPE)  # fmt: skip
     assert done.returncode == 1 and is_one_error_line(done.stderr)
     assert "standard output: No space left" in done.stderr
+
+
+def test_a_config_file_that_takes_the_output_away_is_no_traceback(tiny):
+    Path("quiet.py").write_text("import sys\nsys.stdout = None\n")
+    done = command("train", *TINY, "quiet.py")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert Path("out/best.pt").exists()
