@@ -2,7 +2,6 @@
 
 Usage:
     python -m quill.scaling --dataset=classics
-    python -m quill.scaling --dataset=classics --smallest=1e11 --budgets=2 --seeds=1    a trial
 
 Models of several sizes are trained for several budgets of operations, each by train.py with
 config/scaling.py. A law is fitted to their val losses, and a prediction written down before the run

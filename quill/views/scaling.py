@@ -57,7 +57,7 @@ def fit(runs: list[Run]) -> Law:
                 e, a, b = factors.tolist()
                 best = Law(e, a * n[0] ** alpha, b * d[0] ** beta, float(alpha), float(beta))
     if best is None:
-        raise ValueError("no law of this form fits: the loss does not fall with size and tokens")
+        raise ValueError("no law of this form fits: give larger budgets, or a longer text")
     return best
 
 

@@ -90,6 +90,9 @@ def test_a_run_that_fails_ends_the_study_with_its_reason(tiny, call, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_small_study_of_real_runs(tiny, call):
-    code, out, _ = call("scaling", "--dataset=tiny", "--smallest=1e9", "--budgets=2", "--seeds=1")
-    assert code == 0 and "size exponent" in out
+def test_real_runs_of_too_few_steps_follow_no_law_and_that_is_said(tiny, call):
+    flags = ["--dataset=tiny", "--smallest=1e9", "--budgets=2", "--seeds=1"]
+    code, out, err = call("scaling", *flags)
+    assert code == 1 and is_one_error_line(err) and "give larger budgets" in err
+    n_runs = len(study.SIZES) * (len(study.FACTORS) + 1)
+    assert out.count("val loss") == len(list(Path("out-scaling/tiny").iterdir())) - 1 == n_runs
