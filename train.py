@@ -209,8 +209,8 @@ def estimate_loss(run: Run) -> dict:
     metrics = {"train_loss": train_loss, "val_loss": val_loss}
     if val.examples is not None:
         metrics["val_exact"] = val_exact
-    else:  # bits per byte of text, to compare tokenizers
-        metrics["val_bpb"] = val_loss / math.log(2) / run.data.val_bytes_per_token
+    else:
+        metrics["val_bpb"] = run.data.val_bpb(val_loss)
     return metrics
 
 

@@ -17,7 +17,7 @@ dropout = 0.2  # 61 steps are one pass over the text: it needs holding back
 position = "rotary"
 qk_norm = True
 mlp = "swiglu"
-token_shift = True
+token_shift = True  # the MLP also reads the token before
 init_std = 0.05  # about 1 / sqrt(n_embd)
 
 optimizer = "muon"

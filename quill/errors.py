@@ -12,8 +12,6 @@ EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 # failure of the run.
 BAD_NAMES = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM}
 BAD_NAMES |= {errno.ENAMETOOLONG, errno.ELOOP}
-
-
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -30,7 +28,7 @@ def run_command(main) -> None:
     sys.stdout.reconfigure(errors="replace")  # for characters that its encoding lacks
     try:
         code = main(sys.argv[1:])
-        print(end="", flush=True)
+        print(end="", flush=True)  # also where a config file has set sys.stdout to None
     except (Exception, KeyboardInterrupt) as error:
         failure = expected_failure(error)
         if failure is None:

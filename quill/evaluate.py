@@ -9,13 +9,12 @@ Usage:
 
 import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
 import dataclasses
-import math
 import time
 
 import torch
 
 from quill import settings
-from quill.data.dataset import Split
+from quill.data.dataset import IGNORE_INDEX, Split
 from quill.errors import InputError, run_command
 from quill.interop import ensemble, pretrained
 from quill.settings import DType, option
@@ -53,9 +52,9 @@ def main(argv: list[str]) -> int:
         checks.check_tokenizer(dataset, data, loaded, name)
         started = time.perf_counter()
         loss = mean_loss(model, data.val, config.batch_size, dtype)
-    bits = loss / math.log(2) / data.val_bytes_per_token
     seconds = time.perf_counter() - started
-    print(f"{name} on {dataset}: val loss {loss:.4f}, val bpb {bits:.4f}, in {seconds:.1f} s")
+    bpb = data.val_bpb(loss)
+    print(f"{name} on {dataset}: val loss {loss:.4f}, val bpb {bpb:.4f}, in {seconds:.1f} s")
     return 0
 
 
@@ -69,7 +68,7 @@ def mean_loss(model: torch.nn.Module, split: Split, batch_size: int, dtype: torc
         with devices.autocast(split.device, dtype):
             _, loss = model(idx, targets, reduction="sum", loss_only=True)
         total += loss.double()
-        n_targets += (targets != -1).sum()
+        n_targets += (targets != IGNORE_INDEX).sum()
     return float(total / n_targets)
 
 

@@ -109,9 +109,9 @@ class Study:
     def tune(self) -> dict[tuple[int, int], float]:
         """The best factor of the rates for each size, at the smallest budget."""
         plans = [self.plan(size, self.budgets[0], factor) for size in SIZES for factor in FACTORS]
-        losses = {plan: run.val_loss for plan, run in zip(plans, self.make_all(plans), strict=True)}
+        tried = [*zip(plans, self.make_all(plans), strict=True)]
         return {
-            size: min(FACTORS, key=lambda f: losses[self.plan(size, self.budgets[0], f)])
+            size: min((run.val_loss, plan.factor) for plan, run in tried if plan.size == size)[1]
             for size in SIZES
         }
 

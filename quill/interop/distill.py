@@ -3,6 +3,7 @@
 import torch
 
 from model import cross_entropy
+from quill.data.dataset import IGNORE_INDEX
 from quill.errors import InputError
 from quill.interop import ensemble
 from quill.training import checks
@@ -36,6 +37,6 @@ class Teacher:
         with torch.no_grad():
             taught = self.model(idx)[0][..., : self.vocab_size].float().softmax(dim=-1)
         log_probs = logits.float().log_softmax(dim=-1)[..., : self.vocab_size]
-        from_teacher = -((taught * log_probs).sum(dim=-1) * (targets != -1)).sum()
+        from_teacher = -((taught * log_probs).sum(dim=-1) * (targets != IGNORE_INDEX)).sum()
         from_text = cross_entropy(logits, targets, "sum")
         return (1 - self.weight) * from_text + self.weight * from_teacher

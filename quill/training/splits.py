@@ -1,6 +1,7 @@
 """The train and val splits of a run, opened by all of its processes."""
 
 import dataclasses
+import math
 
 import numpy as np
 import torch
@@ -21,6 +22,10 @@ class Splits:
     val: Split
     reverses_answers: bool  # see quill.data.problems
     val_bytes_per_token: float
+
+    def val_bpb(self, loss: float) -> float:
+        """Nats per token of the val split as bits per byte of its text, to compare tokenizers."""
+        return loss / math.log(2) / self.val_bytes_per_token
 
 
 def open_splits(name: str, block_size: int, device: torch.device) -> Splits:
