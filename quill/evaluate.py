@@ -1,4 +1,4 @@
-"""Evaluate weights on a whole val split: nats per token, and bits per byte of text.
+"""Evaluate weights on a whole val split: nats per token, and bits per byte where all is text.
 
 Usage:
     python -m quill.evaluate --out_dir=out                      on the dataset it was trained on
@@ -53,8 +53,10 @@ def main(argv: list[str]) -> int:
         started = time.perf_counter()
         loss = mean_loss(model, data.val, config.batch_size, dtype)
     seconds = time.perf_counter() - started
-    bpb = data.val_bpb(loss)
-    print(f"{name} on {dataset}: val loss {loss:.4f}, val bpb {bpb:.4f}, in {seconds:.1f} s")
+    scores = f"val loss {loss:.4f}"
+    if data.val.examples is None:  # where only answers carry loss it means nothing
+        scores += f", val bpb {data.val_bpb(loss):.4f}"
+    print(f"{name} on {dataset}: {scores}, in {seconds:.1f} s")
     return 0
 
 

@@ -138,3 +138,11 @@ def test_the_teacher_stays_as_it_is_and_out_of_the_checkpoint(tiny, call):
     assert (
         isinstance(run.model, GPT) and dataclasses.asdict(run.config)["distill_from"] == "out,out"
     )
+
+
+def test_answers_have_no_bits_per_byte(sums, call):
+    assert call("train", *TINY, "--dataset=addition")[0] == 0
+    code, out, _ = call("evaluate", "--dtype=float32")
+    last = call("train", "--init_from=resume", "--eval_only=true")[1]
+    assert code == 0 and "bpb" not in out + last
+    assert out.partition(": ")[2].partition(", in")[0] in last
