@@ -4,6 +4,7 @@ The law is Hoffmann et al.'s, 2022, their third approach: loss = E + A / N^alpha
 parameters and D tokens.
 """
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -62,13 +63,19 @@ def fit(runs: list[Run]) -> Law:
 
 
 def bootstrap(runs: list[Run], n_times: int = 200, seed: int = 0) -> list[Law]:
-    """Laws fitted to as many runs, drawn anew with replacement."""
+    """Laws fitted to as many runs, drawn anew with replacement; draws that none fits are left out.
+
+    Raises ValueError when none fits half of the draws.
+    """
     rng = np.random.default_rng(seed)
     laws = []
-    while len(laws) < n_times:
+    for _ in range(n_times):
         drawn = [runs[i] for i in rng.integers(0, len(runs), len(runs))]
         if len({run.n_parameters for run in drawn}) > 2 and len({run.budget for run in drawn}) > 1:
-            laws.append(fit(drawn))
+            with contextlib.suppress(ValueError):
+                laws.append(fit(drawn))
+    if 2 * len(laws) < n_times:
+        raise ValueError("the law depends on single runs: give more seeds, or larger budgets")
     return laws
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -36,6 +37,17 @@ def test_the_interval_of_an_exponent_holds_the_true_one():
     laws = scaling.bootstrap(runs_of(TRUE, noise=0.005), n_times=20)
     low, high = scaling.interval(law.size_exponent for law in laws)
     assert low - 0.05 < TRUE.size_exponent < high + 0.05 and high - low < 0.5
+
+
+def test_draws_that_no_law_fits_are_left_out(monkeypatch):
+    """Those in which the loss grows with the size or with the tokens."""
+    monkeypatch.setattr(scaling, "GRID", np.linspace(0.3, 0.6, 7))
+    runs = runs_of(TRUE, noise=1.0)
+    laws = scaling.bootstrap(runs, n_times=20)
+    assert 10 <= len(laws) < 20
+    flat = [dataclasses.replace(run, val_loss=run.n_tokens / 1e8) for run in runs]
+    with pytest.raises(ValueError, match="single runs"):
+        scaling.bootstrap(flat, n_times=20)
 
 
 def test_too_few_runs_are_no_law():
