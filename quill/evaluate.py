@@ -1,4 +1,4 @@
-"""Evaluate weights on a whole val split: nats per token, and bits per byte where all is text.
+"""Evaluate weights on a whole val split: nats per token, bits per byte or answers that are right.
 
 Usage:
     python -m quill.evaluate --out_dir=out                      on the dataset it was trained on
@@ -11,14 +11,12 @@ import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports b
 import dataclasses
 import time
 
-import torch
-
 from quill import settings
-from quill.data.dataset import IGNORE_INDEX, Split
 from quill.errors import InputError, run_command
 from quill.interop import ensemble, pretrained
 from quill.settings import DType, option
 from quill.training import checks, devices
+from quill.training.evaluation import evaluate_split
 from quill.training.splits import open_splits
 
 
@@ -51,27 +49,15 @@ def main(argv: list[str]) -> int:
         data = open_splits(dataset, model.config.block_size, device)
         checks.check_tokenizer(dataset, data, loaded, name)
         started = time.perf_counter()
-        loss = mean_loss(model, data.val, config.batch_size, dtype)
+        loss, exact = evaluate_split(model, data.val, config.batch_size, dtype)
     seconds = time.perf_counter() - started
-    scores = f"val loss {loss:.4f}"
-    if data.val.examples is None:  # where only answers carry loss it means nothing
-        scores += f", val bpb {data.val_bpb(loss):.4f}"
+    scores = f"val loss {loss:.4f}, "
+    if data.val.examples is None:
+        scores += f"val bpb {data.val_bpb(loss):.4f}"
+    else:  # where only answers carry loss, bits per byte mean nothing
+        scores += f"{exact:.2%} of the answers right"
     print(f"{name} on {dataset}: {scores}, in {seconds:.1f} s")
     return 0
-
-
-@torch.no_grad()
-def mean_loss(model: torch.nn.Module, split: Split, batch_size: int, dtype: torch.dtype) -> float:
-    """Nats per token over all of the split, as train.py evaluates a small one."""
-    offsets = split.eval_offsets(0, whole=True)
-    total = n_targets = 0
-    for start in range(0, len(offsets), batch_size):
-        idx, targets = split.get_batch(offsets[start : start + batch_size])
-        with devices.autocast(split.device, dtype):
-            _, loss = model(idx, targets, reduction="sum", loss_only=True)
-        total += loss.double()
-        n_targets += (targets != IGNORE_INDEX).sum()
-    return float(total / n_targets)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,14 @@ import pytest
 from helpers import REPO
 
 SCRIPTS = ("train", "sample", "prepare")
-COMMANDS = ("plot", "bench", "export", "evaluate", "arithmetic", "reference", "scaling")
+COMMANDS = ("plot", "bench", "export", "evaluate", "arithmetic", "reference", "scaling", "rl")
 TOP_LEVEL = {
     *("model.py", "train.py", "sample.py", "prepare.py", "config", "data", "README.md", "tests"),
     *("pyproject.toml", "quill", "docs", "lecture", ".ci", ".gitignore", "LICENSE"),
 }
 # A module may import from rooms with a lower number, and from its own room.
 GROUND = ("errors", "files", "startup", "settings")
-ROOMS = {"data": 1, "training": 2, "sampling": 3, "interop": 3, "views": 4}
+ROOMS = {"data": 1, "training": 2, "sampling": 3, "interop": 3, "posttraining": 4, "views": 4}
 TOP_ROOM = 5  # the commands and scripts
 
 READING_PATH = {

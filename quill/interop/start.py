@@ -40,7 +40,8 @@ def find_start(config, argv: list[str], usage: str) -> tuple:
         loaded = settings.load(type(config), argv, usage=usage, base=base)
         # out_dir: a run's folder may have been moved, and is locked already.
         config = dataclasses.replace(loaded, out_dir=config.out_dir)
-    distributed.init_process_group(devices.pick_device(config.device), config.backend)
+    if distributed.world_size() > 1:
+        distributed.init_process_group(devices.pick_device(config.device), config.backend)
     config = type(config)(**distributed.broadcast_object(dataclasses.asdict(config)))
     step = None if saved is None else saved["step"]
     if distributed.broadcast_object(step) != step:

@@ -136,9 +136,8 @@ def main_first():
 
 def init_process_group(device: torch.device, backend: str) -> None:
     """From here on tensors can be exchanged: those on a GPU through `backend`, others by gloo."""
-    if world_size() > 1:
-        backends = f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backends, store=_store, rank=rank(), world_size=world_size())
+    backends = f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backends, store=_store, rank=rank(), world_size=world_size())
 
 
 def _lost_connection(error: BaseException) -> RunError | None:

@@ -52,7 +52,10 @@ class Logger:
         self.dashboards = _open_dashboards(self.out_dir, config, self.resumed)
         self.start = _start_of_a_sample(run.data)
         self.expected = reference.find(run.config, run.data.meta.sha256)
-        print_line(run_summary(run))
+        print_line(self.summary(run))
+
+    def summary(self, run) -> str:
+        return run_summary(run)
 
     def evaluation(self, record: dict, is_best: bool) -> None:
         note = ", best so far" if is_best else ""
@@ -290,14 +293,14 @@ class TensorboardDashboard:
 def _open_dashboards(out_dir: Path, config: dict, resumed: Progress | None) -> list:
     """Imports all first, so that a missing extra is an error before anything is written."""
     with needs_extra("track"):
-        if config["wandb_log"]:
+        if config.get("wandb_log"):
             import wandb
-        if config["tensorboard_log"]:
+        if config.get("tensorboard_log"):
             import torch.utils.tensorboard as tensorboard
     dashboards: list = []
-    if config["wandb_log"]:
+    if config.get("wandb_log"):
         dashboards.append(WandbDashboard(wandb, out_dir, config))
-    if config["tensorboard_log"]:
+    if config.get("tensorboard_log"):
         folder = out_dir / "tensorboard"
         dashboards.append(TensorboardDashboard(tensorboard, folder, config, resumed))
     return dashboards

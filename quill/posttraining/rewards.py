@@ -1,0 +1,75 @@
+"""How good a completion is: the dataset's own answers, a rule in a file, or a reward model."""
+
+import math
+import numbers
+import runpy
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from quill.data.problems import plain_answer
+from quill.errors import InputError
+from quill.posttraining.reward_model import RewardModel
+from quill.posttraining.rollouts import Rollouts
+
+
+class AnswerReward:
+    """1 for the dataset's answer, 0 for any other, and for one that does not end."""
+
+    def __init__(self, reverses_answers: bool):
+        self.reverses_answers = reverses_answers  # compare what a person would read
+
+    def __call__(self, prompts: list[str], answers: list[str], rollouts: Rollouts) -> np.ndarray:
+        """prompts, answers: of each of the N rollouts -> (N,) float32."""
+        read = plain_answer if self.reverses_answers else str
+        right = [read(t) == read(a) for t, a in zip(rollouts.texts, answers, strict=True)]
+        return (np.array(right) & rollouts.is_ended).astype(np.float32)
+
+
+class FileReward:
+    """What the function `reward(prompt, completion)` of a Python file returns."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.function = runpy.run_path(str(path)).get("reward")
+        except Exception as error:  # a program may raise anything
+            raise InputError(f"reward file {path}: {describe(error, path)}") from None
+        if not callable(self.function):
+            raise InputError(f"reward file {path} defines no function reward(prompt, completion)")
+
+    def of(self, prompt: str, completion: str) -> float:
+        try:
+            value = self.function(prompt, completion)
+        except Exception as error:
+            where = f"reward({prompt[-40:]!r}, {completion[:40]!r})"
+            raise InputError(f"{self.path}: {where}: {describe(error, self.path)}") from None
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise InputError(f"{self.path}: reward returned {str(value)[:40]!r}, not a number")
+        return float(value)
+
+    def __call__(self, prompts: list[str], answers: list[str], rollouts: Rollouts) -> np.ndarray:
+        pairs = zip(prompts, rollouts.texts, strict=True)
+        return np.array([self.of(*pair) for pair in pairs], dtype=np.float32)
+
+
+def describe(error: Exception, path: Path) -> str:
+    """The error, with the last line of the file that it went through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    where = f"line {lines[-1]}: " if lines else ""
+    return where + traceback.format_exception_only(error)[-1].strip()
+
+
+class ModelReward:
+    """The score of a reward model (quill.reward), which read the same pairs of a judge."""
+
+    def __init__(self, model: RewardModel, batch_size: int):
+        self.model, self.batch_size = model, batch_size
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], answers: list[str], rollouts: Rollouts) -> np.ndarray:
+        parts = rollouts.split(self.batch_size)
+        return torch.cat([self.model(part) for part in parts]).cpu().numpy()

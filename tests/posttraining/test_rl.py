@@ -1,0 +1,141 @@
+"""quill.rl from outside: it learns, resumes bit for bit, and says what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY, command, flat_tensors, is_one_error_line
+
+from quill.training.checkpoint import load_checkpoint
+
+START = [flag for flag in TINY if not flag.startswith(("--dataset", "--max_iters", "--block_size"))]
+START += ["--dataset=addition", "--block_size=6", "--max_iters=60", "--eval_interval=60"]
+RL = ["--start_from=out", "--out_dir=rl", "--max_iters=4", "--eval_interval=2", "--warmup_iters=0"]
+RL += ["--prompts_per_step=8", "--completions=4", "--log_interval=1", "--checkpoint_seconds=0"]
+RL += ["--learning_rate=1e-3", "--updates=2", "--kl_weight=0.01"]
+
+
+@pytest.fixture
+def policy(sums, call) -> Path:
+    """A working folder with a run, `out`, of a model that adds single digits, not yet well."""
+    assert call("train", *START)[0] == 0
+    return sums
+
+
+def records(out_dir: str) -> list[dict]:
+    return [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(path: str) -> list:
+    return flat_tensors(load_checkpoint(Path(path))["model"])
+
+
+def test_rewards_are_raised(policy, call):
+    """By a policy that is paid for writing one digit; what it learned is sampled as any other."""
+    Path("ones.py").write_text(
+        "def reward(prompt, completion):\n    return completion.count('1')\n"
+    )
+    flags = [*RL, "--reward=ones.py", "--max_iters=40", "--eval_interval=40"]
+    code, out, err = call("rl", *flags, "--learning_rate=1e-2", "--kl_weight=0")
+    assert (code, err) == (0, ""), err
+    evaluations = [record for record in records("rl") if "val_loss" in record]
+    first, last = evaluations[0], evaluations[-1]
+    assert last["val_reward"] > first["val_reward"] + 1 and last["val_kl"] > first["val_kl"] == 0
+    names = {"reward", "kl", "entropy", "clipped", "length", "groups_used"}
+    assert names < records("rl")[1].keys() and "val_exact" in last
+    code, out, _ = call("sample", "--out_dir=rl", "--start=2+3=", "--num_samples=1")
+    assert code == 0 and "1" in out
+    assert call("evaluate", "--out_dir=rl")[0] == 0
+
+
+def test_the_answers_of_the_dataset_are_the_reward(policy, call):
+    """Each completion of an evaluation is compared with the answer as a person reads it."""
+    flags = [*RL, "--max_iters=0", "--val_prompts=20", "--temperature=0.001"]
+    assert call("rl", *flags)[0] == 0
+    [record] = records("rl")
+    assert record["val_reward"] == pytest.approx(record["val_exact"]), "at 0.001 it is greedy"
+
+
+def test_rewards_that_are_all_the_same_change_no_weight(policy, call):
+    Path("zero.py").write_text("def reward(prompt, completion):\n    return 0\n")
+    assert call("rl", *RL, "--reward=zero.py", "--kl_weight=0")[0] == 0
+    pairs = zip(weights("rl/ckpt.pt"), weights("out/best.pt"), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert all(record["groups_used"] == 0 for record in records("rl") if "reward" in record)
+
+
+def test_a_resumed_run_is_the_run_that_was_not_stopped(policy, call):
+    assert call("rl", *RL)[0] == 0
+    whole = load_checkpoint(Path("rl/ckpt.pt"), for_resume=True), records("rl")
+    flags = [*RL, "--lr_decay_iters=4", "--out_dir=parts"]
+    assert call("rl", *flags, "--max_iters=2")[0] == 0
+    assert call("rl", "--out_dir=parts", "--init_from=resume", "--max_iters=4")[0] == 0
+    parts = load_checkpoint(Path("parts/ckpt.pt"), for_resume=True), records("parts")
+    for name in ("model", "optimizers"):
+        a, b = flat_tensors(whole[0][name]), flat_tensors(parts[0][name])
+        assert all(map(torch.equal, a, b)) and len(a) == len(b) > 2
+    clocks = ("ms_per_step", "seconds")
+    lines = [
+        [{k: v for k, v in r.items() if k not in clocks} for r in run[1]] for run in (whole, parts)
+    ]
+    assert lines[0] == lines[1] and len(lines[0]) == 4 + 3
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(policy, call, monkeypatch):
+    from quill.posttraining.loop import Loop
+
+    step = Loop.step
+
+    def interrupted(self):
+        record = step(self)
+        signal.raise_signal(signal.SIGINT)
+        return record
+
+    monkeypatch.setattr(Loop, "step", interrupted)
+    code, out, _ = call("rl", *RL)
+    assert code == 130 and "python -m quill.rl --out_dir=rl --init_from=resume" in out
+    assert load_checkpoint(Path("rl/ckpt.pt"), for_resume=True)["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--start_from="], "--start_from=DIR"),
+        (["--start_from=nowhere"], "nowhere"),
+        (["--out_dir=out"], "already holds a run"),
+        (["--out_dir=out", "--overwrite=true"], "the run that it starts from"),
+        (["--dataset=tiny"], "tokenizer"),
+        (["--dataset=texts", "--start_from=texts"], "without prompts"),
+        (["--reward=nowhere.py"], "nowhere.py"),
+        (["--reward=nowhere"], "nowhere"),
+        (["--reward=out"], "no run of quill.reward"),
+        (["--reward=empty.py"], "defines no function"),
+        (["--reward=broken.py"], "broken.py, line 1"),
+        (["--reward=fails.py"], "fails.py"),
+        (["--reward=text.py"], "'much'"),
+        (["--completions=1"], "completions"),
+        (["--learning_rate=1e9", "--grad_clip=0"], ""),
+    ],
+)
+def test_what_cannot_work_is_one_line(policy, call, text, flags, said):
+    Path("text.txt").write_text(text)
+    for name in ("tiny", "texts"):
+        assert call("prepare", name, "--input=text.txt")[0] == 0
+    train = [*TINY, "--dataset=texts", "--out_dir=texts", "--max_iters=0"]
+    assert call("train", *train)[0] == 0
+    Path("empty.py").write_text("")
+    Path("broken.py").write_text("1 / 0\n")
+    Path("fails.py").write_text("def reward(prompt, completion):\n    return {}[completion]\n")
+    Path("text.py").write_text("def reward(prompt, completion):\n    return 'much'\n")
+    code, _, err = call("rl", *RL, *flags)
+    assert code == (1 if "1e9" in flags[0] else 2) and is_one_error_line(err) and said in err, err
+
+
+def test_several_processes_are_refused(policy, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ended = command("rl", *RL)
+    assert ended.returncode == 2 and "one process" in ended.stderr
