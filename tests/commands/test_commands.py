@@ -68,6 +68,7 @@ compile = False
         "arithmetic",
         "reference",
         "scaling",
+        "rl",
     ],
 )
 def test_help_says_how_to_run_it(folder, script):

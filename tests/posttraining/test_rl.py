@@ -34,11 +34,13 @@ def weights(path: str) -> list:
     return flat_tensors(load_checkpoint(Path(path))["model"])
 
 
+def write_reward(name: str, expression: str) -> None:
+    Path(f"{name}.py").write_text(f"def reward(prompt, completion):\n    return {expression}\n")
+
+
 def test_rewards_are_raised(policy, call):
     """By a policy that is paid for writing one digit; what it learned is sampled as any other."""
-    Path("ones.py").write_text(
-        "def reward(prompt, completion):\n    return completion.count('1')\n"
-    )
+    write_reward("ones", "completion.count('1')")
     flags = [*RL, "--reward=ones.py", "--max_iters=40", "--eval_interval=40"]
     code, out, err = call("rl", *flags, "--learning_rate=1e-2", "--kl_weight=0")
     assert (code, err) == (0, ""), err
@@ -61,7 +63,7 @@ def test_the_answers_of_the_dataset_are_the_reward(policy, call):
 
 
 def test_rewards_that_are_all_the_same_change_no_weight(policy, call):
-    Path("zero.py").write_text("def reward(prompt, completion):\n    return 0\n")
+    write_reward("zero", "0")
     assert call("rl", *RL, "--reward=zero.py", "--kl_weight=0")[0] == 0
     pairs = zip(weights("rl/ckpt.pt"), weights("out/best.pt"), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -79,10 +81,10 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(policy, call):
         a, b = flat_tensors(whole[0][name]), flat_tensors(parts[0][name])
         assert all(map(torch.equal, a, b)) and len(a) == len(b) > 2
     clocks = ("ms_per_step", "seconds")
-    lines = [
-        [{k: v for k, v in r.items() if k not in clocks} for r in run[1]] for run in (whole, parts)
-    ]
-    assert lines[0] == lines[1] and len(lines[0]) == 4 + 3
+    for record in whole[1] + parts[1]:
+        for name in clocks:
+            record.pop(name, None)
+    assert whole[1] == parts[1] and len(parts[1]) == 4 + 3
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(policy, call, monkeypatch):
@@ -114,7 +116,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(policy, call, monkeypatch):
         (["--reward=nowhere"], "nowhere"),
         (["--reward=out"], "no run of quill.reward"),
         (["--reward=empty.py"], "defines no function"),
-        (["--reward=broken.py"], "broken.py, line 1"),
+        (["--reward=broken.py"], "broken.py: line 1"),
         (["--reward=fails.py"], "fails.py"),
         (["--reward=text.py"], "'much'"),
         (["--completions=1"], "completions"),
@@ -129,8 +131,8 @@ def test_what_cannot_work_is_one_line(policy, call, text, flags, said):
     assert call("train", *train)[0] == 0
     Path("empty.py").write_text("")
     Path("broken.py").write_text("1 / 0\n")
-    Path("fails.py").write_text("def reward(prompt, completion):\n    return {}[completion]\n")
-    Path("text.py").write_text("def reward(prompt, completion):\n    return 'much'\n")
+    write_reward("fails", "{}[completion]")
+    write_reward("text", "'much'")
     code, _, err = call("rl", *RL, *flags)
     assert code == (1 if "1e9" in flags[0] else 2) and is_one_error_line(err) and said in err, err
 
