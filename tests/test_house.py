@@ -10,7 +10,17 @@ import pytest
 from helpers import REPO
 
 SCRIPTS = ("train", "sample", "prepare")
-COMMANDS = ("plot", "bench", "export", "evaluate", "arithmetic", "reference", "scaling", "rl")
+POSTTRAINING = ("rl", "pairs", "reward", "dpo")
+COMMANDS = (
+    "plot",
+    "bench",
+    "export",
+    "evaluate",
+    "arithmetic",
+    "reference",
+    "scaling",
+    *POSTTRAINING,
+)
 TOP_LEVEL = {
     *("model.py", "train.py", "sample.py", "prepare.py", "config", "data", "README.md", "tests"),
     *("pyproject.toml", "quill", "docs", "lecture", ".ci", ".gitignore", "LICENSE"),

@@ -69,6 +69,9 @@ compile = False
         "reference",
         "scaling",
         "rl",
+        "pairs",
+        "reward",
+        "dpo",
     ],
 )
 def test_help_says_how_to_run_it(folder, script):
@@ -76,7 +79,7 @@ def test_help_says_how_to_run_it(folder, script):
     name = f"python {script}.py" if script in SCRIPTS else f"python -m quill.{script}"
     assert (done.returncode, done.stderr) == (0, "") and name in done.stdout
     assert ("options (as --NAME=VALUE" in done.stdout and "--out_dir=" in done.stdout) or (
-        script == "prepare" and "--dataset=" in done.stdout
+        script in ("prepare", "pairs") and "--dataset=" in done.stdout
     )
 
 
