@@ -29,6 +29,9 @@ from quill.posttraining.task import PolicyOptions, PolicyTask
 from quill.settings import option
 
 
+SCREENING = 2 * 10**9  # added to a step, for random numbers of its own
+
+
 @dataclasses.dataclass(frozen=True)
 class RLConfig(PolicyOptions):
     out_dir: str = option("out-rl", "folder for the checkpoint and metrics")
@@ -39,6 +42,7 @@ class RLConfig(PolicyOptions):
     )
     prompts_per_step: int = option(64, "prompts in a step", min=1, max=10**6)
     completions: int = option(8, "of each prompt", min=2, max=10**6)
+    screened: int = option(1, "times as many prompts are asked once, the worst are taken", min=1)
     updates: int = option(1, "optimizer updates of a step, each with a part of it", min=1)
     clip_low: float = option(0.2, "a token's probability may fall by this fraction", min=0, max=1)
     clip_high: float = option(0.28, "or grow by this one, before its gradient is cut off", min=0)
@@ -83,7 +87,7 @@ class RLTask(PolicyTask):
 
     def losses(self, step: int):
         config = self.config
-        places = self.train.draw(config.prompts_per_step, config.seed, step)
+        places = self.pick_prompts(step)
         rollouts = self.roll_out(self.train, places, config.completions, step)
         rewards = self.score(self.reward, self.train, places, rollouts)
         with torch.no_grad():
@@ -103,6 +107,16 @@ class RLTask(PolicyTask):
             own = advantages.flatten()[rows], old[rows], reference[rows]
             loss, own_report = self.loss(batch, *own)
             yield loss, report | own_report | {"tokens": int((batch.targets >= 0).sum())}
+
+    def pick_prompts(self, step: int) -> np.ndarray:
+        """Those of a step, (prompts_per_step,). With screening, those that are not solved yet."""
+        n, screened = self.config.prompts_per_step, self.config.screened
+        places = self.train.draw(n * screened, self.config.seed, step)
+        if screened == 1:
+            return places
+        asked_once = self.roll_out(self.train, places, 1, SCREENING + step)
+        rewards = self.score(self.reward, self.train, places, asked_once)
+        return places[rewards.argsort(kind="stable")[:n]]
 
     def parts(self, advantages, step: int) -> list[torch.Tensor]:
         """The rows of each update. Groups without signal are left out (DAPO, Yu et al. 2025),
