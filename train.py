@@ -28,7 +28,7 @@ from quill.interop.start import find_start
 from quill.sampling.decoder import Decoder
 from quill.sampling.text import SampleOptions, stream_text
 from quill.settings import DType, option
-from quill.training import checkpoint, checks, devices, distributed, run_folder, state_dict
+from quill.training import checkpoint, checks, devices, distributed, lora, run_folder, state_dict
 from quill.training.checkpoint import Progress
 from quill.training.cuda_graph import Recorded
 from quill.training.ema import EMA
@@ -83,6 +83,7 @@ class TrainConfig(OptimizerOptions, ModelOptions):
     gradient_accumulation_steps: int = option(40, "micro-steps in a step", min=1, max=10**6)
     # model
     model: Literal["gpt", "bigram"] = option("gpt", "bigram: the baseline, only the last token")
+    lora_rank: int = option(0, "train adapters of this rank alone; 0: all weights", min=0)
     vocab_multiple: int = option(1, "round the model's vocabulary up to it", min=1, max=10**6)
     # machine
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
@@ -151,6 +152,9 @@ def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | No
     compiles = devices.pick_compile(config.compile, device)
     torch.manual_seed(config.seed)
     model = build(model_config)
+    if config.lora_rank:
+        checks.check_lora(model_config, has_weights=weights is not None or saved is not None)
+        lora.add_adapters(model, config.lora_rank)
     compile_mode = config.compile_mode if compiles else None
     forward = distributed.wrap(model, device, config.parallel, compile_mode)
     if weights is not None:

@@ -14,7 +14,7 @@ from quill.data.tokenizers import BPETokenizer, Tokenizer, from_json
 from quill.errors import InputError, blames_input
 from quill.files import sha256_of_file
 from quill.interop import huggingface
-from quill.training import checkpoint, models
+from quill.training import checkpoint, lora, models
 from quill.training.models import BigramConfig
 
 
@@ -138,11 +138,12 @@ def from_run(path: Path) -> Pretrained:
     contents = checkpoint.load_checkpoint(path)
     with blames_input(f"{path}: its weights and its model config disagree", *checkpoint.MISFITS):
         config = models.config_from_dict(contents["model_config"])
-        models.check_weights(config, contents["model"])
+        weights = lora.merged(contents["model"])
+        models.check_weights(config, weights)
     spec = contents["tokenizer"]
     tokenizer = from_json(spec, str(path))
     dataset = contents["config"].get("dataset")
-    return Pretrained(config, contents["model"], tokenizer, reverses_answers(spec), dataset)
+    return Pretrained(config, weights, tokenizer, reverses_answers(spec), dataset)
 
 
 def from_nanogpt(path: Path) -> Pretrained:

@@ -14,7 +14,7 @@ from quill.posttraining.rewards import FileReward
 from quill.posttraining.rollouts import Batch, Rollouts, roll_out
 from quill.sampling.decoder import Decoder
 from quill.settings import option
-from quill.training import devices
+from quill.training import checks, devices, lora
 from quill.training.evaluation import evaluate_split
 from quill.training.models import config_to_dict
 
@@ -23,6 +23,7 @@ VAL_PROMPTS = 10**9  # a step that no training reaches, for the random numbers o
 
 @dataclasses.dataclass(frozen=True)
 class PolicyOptions(LoopOptions):
+    lora_rank: int = option(0, "train adapters of this rank alone; 0: all weights", min=0)
     judge: str = option("", "a .py file with reward(prompt, completion), to evaluate with")
     prompt_tokens: int = option(16, "of a prompt, where the dataset is a text", min=1)
     max_new_tokens: int = option(256, "in a completion, at most", min=1)
@@ -36,7 +37,11 @@ class PolicyTask:
 
     def __init__(self, loop: Loop):
         self.loop, self.config, self.data = loop, loop.config, loop.data
-        self.model = loop.start.build().to(loop.device)
+        self.model = loop.start.build()
+        if loop.config.lora_rank:
+            checks.check_lora(self.model.config, has_weights=True)
+            lora.add_adapters(self.model, loop.config.lora_rank)
+        self.model.to(loop.device)
         self.model_config = config_to_dict(self.model.config)
         self.reference = loop.start.build().eval().to(loop.device)
         self.decoder = Decoder(self.model, self.data.tokenizer.vocab_size)

@@ -26,6 +26,8 @@ def check_processes(config, device: torch.device, dtype: torch.dtype) -> None:
     if device.type == "mps":
         problems.append("several processes need CUDA devices or CPUs")
     if config.parallel == "fsdp":
+        if config.lora_rank:
+            problems.append("parallel=fsdp shards no adapters: take lora_rank=0 or parallel=ddp")
         if config.optimizer == "muon":
             problems.append("Muon needs whole matrices: take optimizer=adamw or parallel=ddp")
         if config.sample_at_eval:
@@ -46,6 +48,14 @@ def pick_cuda_graph(setting: bool | str, device: torch.device, dtype: torch.dtyp
     if setting is True and not is_possible:
         raise InputError("cuda_graph=true: only on CUDA, by one process, and not in float16")
     return is_possible and bool(setting)
+
+
+def check_lora(model_config, has_weights: bool) -> None:
+    """Raises InputError where there is nothing to adapt."""
+    if isinstance(model_config, BigramConfig):
+        raise InputError("lora_rank: a bigram has no blocks to adapt; leave it out")
+    if not has_weights:
+        raise InputError("lora_rank trains adapters of given weights: give --init_from=DIR as well")
 
 
 def check_resume(config, data, model_config, saved: dict) -> None:

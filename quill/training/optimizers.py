@@ -110,7 +110,10 @@ def make_optimizers(
 
     Loshchilov & Hutter 2019; Jordan et al. 2024. Matrices are decayed, gains and biases are not.
     """
-    groups = model.parameter_groups()
+    groups = {
+        kind: [p for p in group if p.requires_grad]  # not what LoRA leaves as it is
+        for kind, group in model.parameter_groups().items()
+    }
     optimizers: list[torch.optim.Optimizer] = []
     matrices = groups["embedding"]
     if config.optimizer == "muon":

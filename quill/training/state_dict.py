@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from quill.errors import InputError
-from quill.training import distributed
+from quill.training import distributed, lora
 from quill.training.checkpoint import MISFITS, Progress
 from quill.training.devices import is_out_of_memory
 from quill.training.ema import EMA
@@ -71,6 +71,7 @@ def load_training_state(
 
 def load_model_state_dict(model: torch.nn.Module, weights: dict) -> None:
     """Raises one of `MISFITS` when they are not the weights of that model."""
+    weights = lora.fitted(model, weights)
     if model.state_dict().keys() != weights.keys():
         raise ValueError("its weights are not the model's")
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
