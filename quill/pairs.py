@@ -4,7 +4,7 @@ Usage:
     python -m quill.pairs config/verse.py --start_from=out --n_pairs=5000 --to=pairs.jsonl
 
 The judge is a Python file with a function reward(prompt, completion); what scores higher is chosen,
-and pairs that score the same are left out. A line is {"prompt", "chosen", "rejected"}.
+and pairs that score alike are left out. A line is {"prompt", "chosen", "rejected"}.
 """
 
 import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
@@ -34,6 +34,7 @@ class PairsConfig:
     start_from: str = option("", "folder of the run, or other weights, that write the completions")
     to: str = option("pairs.jsonl", "the file to write")
     dataset: str = option("", "folder below data/; if empty, the one it was trained on")
+    margin: float = option(0.0, "pairs whose scores differ by no more are left out", min=0)
     n_pairs: int = option(5000, "pairs to write", min=1, max=10**9)
     prompt_tokens: int = option(16, "of a prompt, where the dataset is a text", min=1)
     max_new_tokens: int = option(256, "in a completion, at most", min=1)
@@ -65,14 +66,14 @@ def main(argv: list[str]) -> int:
                     n_written += 1
             step += 1
             if n_equal > 100 * (n_written + config.batch_size):
-                raise InputError(f"{config.judge} scores nearly all pairs the same")
+                raise InputError(f"{config.judge} scores nearly all pairs alike")
             show_progress("pairs", n_written, config.n_pairs)
-    print(f"wrote {config.to}: {n_written:,} pairs; {n_equal:,} that score the same left out")
+    print(f"wrote {config.to}: {n_written:,} pairs; {n_equal:,} that score too much alike left out")
     return 0
 
 
 def judged(config: PairsConfig, step: int, prompts, decoder, tokenizer, judge):
-    """Yields a dict for each pair of a batch, None where both score the same."""
+    """Yields a dict for each pair of a batch, None where both score nearly the same."""
     places = prompts.draw(config.batch_size, config.seed, step)
     ids = [prompts.prompt(i) for i in places]
     sizes = config.max_new_tokens, config.temperature
@@ -81,7 +82,7 @@ def judged(config: PairsConfig, step: int, prompts, decoder, tokenizer, judge):
     scores = judge(asked, None, rollouts)
     for i in range(0, len(asked), 2):
         first, second = rollouts.texts[i : i + 2]
-        if scores[i] == scores[i + 1]:
+        if abs(scores[i] - scores[i + 1]) <= config.margin:
             yield None
             continue
         chosen, rejected = (first, second) if scores[i] > scores[i + 1] else (second, first)

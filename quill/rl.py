@@ -90,23 +90,23 @@ class RLTask(PolicyTask):
         places = self.pick_prompts(step)
         rollouts = self.roll_out(self.train, places, config.completions, step)
         rewards = self.score(self.reward, self.train, places, rollouts)
+        report = {"reward": float(rewards.mean()), "length": float(rollouts.lengths.mean())}
+        groups = torch.from_numpy(rewards).view(-1, config.completions)
+        has_signal = (groups != groups[:, :1]).any(dim=1)
+        report["groups_used"] = has_signal.float().mean().item()
+        used = self.pick_groups(has_signal, step)
+        rows = (used[:, None] * config.completions + torch.arange(config.completions)).flatten()
+        batch = rollouts.part(rows.to(self.loop.device))
         with torch.no_grad():
-            old, _, scores = self.log_probs(self.model, rollouts)
-            reference, *_ = self.log_probs(self.reference, rollouts)
-        shape = (-1, config.completions)
-        weights = scores.view(shape) if config.baseline == "optimal" else None
-        groups = torch.from_numpy(rewards).to(self.loop.device).view(shape)
-        advantages = group_advantages(groups, weights, config.scale_advantages)
-        report = {
-            "reward": float(rewards.mean()),
-            "groups_used": float((advantages != 0).any(dim=1).float().mean()),
-            "length": float(rollouts.lengths.mean()),
-        }
-        for rows in self.parts(advantages, step):
-            batch = Batch(rollouts.ids[rows], rollouts.targets[rows])
-            own = advantages.flatten()[rows], old[rows], reference[rows]
-            loss, own_report = self.loss(batch, *own)
-            yield loss, report | own_report | {"tokens": int((batch.targets >= 0).sum())}
+            old, _, scores = self.log_probs(self.model, batch)
+            reference, *_ = self.log_probs(self.reference, batch)
+        groups = groups[used].to(self.loop.device)
+        weights = scores.view(groups.shape) if config.baseline == "optimal" else None
+        advantages = group_advantages(groups, weights, config.scale_advantages).flatten()
+        for part in torch.arange(len(rows)).tensor_split(min(config.updates, len(used))):
+            own = batch.part(part)
+            loss, more = self.loss(own, advantages[part], old[part], reference[part])
+            yield loss, report | more | {"tokens": int((own.targets != IGNORE_INDEX).sum())}
 
     def pick_prompts(self, step: int) -> np.ndarray:
         """Those of a step, (prompts_per_step,). With screening, those that are not solved yet."""
@@ -118,18 +118,12 @@ class RLTask(PolicyTask):
         rewards = self.score(self.reward, self.train, places, asked_once)
         return places[rewards.argsort(kind="stable")[:n]]
 
-    def parts(self, advantages, step: int) -> list[torch.Tensor]:
-        """The rows of each update. Groups without signal are left out (DAPO, Yu et al. 2025),
-        unless none has any.
+    def pick_groups(self, has_signal, step: int) -> torch.Tensor:
+        """The places of the groups to learn from, in random order: those whose rewards are not all
+        the same (DAPO, Yu et al. 2025), or a single one, which changes nothing.
         """
-        has_signal = (advantages != 0).any(dim=1)
-        groups = has_signal.nonzero()[:, 0].cpu().numpy() if has_signal.any() else np.arange(1)
-        groups = np.random.default_rng([self.config.seed, step]).permutation(groups)
-        rows = groups[:, None] * self.config.completions + np.arange(self.config.completions)
-        return [
-            torch.from_numpy(part.flatten()).to(self.loop.device)
-            for part in np.array_split(rows, min(self.config.updates, len(groups)))
-        ]
+        used = has_signal.nonzero()[:, 0].numpy() if has_signal.any() else np.arange(1)
+        return torch.from_numpy(np.random.default_rng([self.config.seed, step]).permutation(used))
 
     def loss(self, batch: Batch, advantages, old, reference):
         """The mean over the tokens of these completions, and what to report of it.

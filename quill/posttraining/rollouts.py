@@ -22,6 +22,9 @@ class Batch:
     def idx(self) -> torch.Tensor:
         return self.ids[:, :-1]
 
+    def part(self, rows: torch.Tensor) -> "Batch":
+        return Batch(self.ids[rows], self.targets[rows])
+
     def split(self, n_rows: int) -> list["Batch"]:
         parts = zip(self.ids.split(n_rows), self.targets.split(n_rows), strict=True)
         return [Batch(*part) for part in parts]

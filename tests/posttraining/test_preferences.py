@@ -111,7 +111,7 @@ def test_what_cannot_work_is_one_line(preferred, call):
     for argv, said in (
         (["pairs"], "give a judge"),
         (["pairs", "ones.py", "--start_from=nowhere"], "nowhere"),
-        (["pairs", "zero.py", "--start_from=out"], "the same"),
+        (["pairs", "zero.py", "--start_from=out"], "alike"),
         (["dpo", *LOOP, "--pairs=nowhere.jsonl"], "nowhere.jsonl"),
         (["reward", *LOOP, "--out_dir=out"], "already holds a run"),
     ):

@@ -1,0 +1,20 @@
+# Reinforcement learning with a reward that can be checked: python -m quill.rl, from a model that
+# adds badly. docs/lecture.md says how to make one.
+
+reward = "answers"  # 1 for the right sum, 0 for any other
+eval_interval = 100  # all 10,000 problems that were held out
+log_interval = 20
+
+prompts_per_step = 256  # a right answer is worth the same once or twice, so rather more prompts
+completions = 4
+screened = 4  # of 1,024 prompts, those that a first try got wrong
+baseline = "optimal"  # a wrong answer pulls harder at the weights than a right one, and says less
+
+learning_rate = 2e-3
+beta2 = 0.99
+min_lr = 0.0
+lr_schedule = "linear"
+warmup_iters = 20
+max_iters = 1000
+
+device = "cpu"  # at this size a GPU would mostly wait for its next command
