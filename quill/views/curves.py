@@ -6,6 +6,15 @@ from pathlib import Path
 from quill.errors import InputError, blames_input
 from quill.files import open_file
 
+# The more of these the better; with the style of their lines.
+SCORES = {
+    "reward": ":",
+    "val_reward": "-o",
+    "val_judge": "-s",
+    "val_exact": "-^",
+    "val_pairs": "-v",
+}
+
 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl; raises InputError for one without an evaluation."""
@@ -24,23 +33,31 @@ def read_metrics(path: Path) -> list[dict]:
             if type(record["step"]) is not int or not all(type(x) is float for x in numbers):
                 raise ValueError("no step with losses")
         records.append(record)
-    if not any({"train_loss", "val_loss"} <= record.keys() for record in records):
+    if not any("val_loss" in record for record in records):
         raise InputError(f"{path} holds no evaluation yet")
     return records
 
 
 def draw_losses(runs: dict[str, list[dict]]):
-    """A figure of each run's losses, with a star at the lowest val loss, above learning rates."""
+    """A figure of each run's losses, with a star at the lowest val loss, above learning rates.
+
+    Between them, where a run has any, the scores of post-training.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    scores = [
+        name for name in SCORES if any(name in r for records in runs.values() for r in records)
+    ]
+    figure = Figure(figsize=(8, 7 if scores else 5), layout="constrained")
+    ratios = (3, 2, 1) if scores else (3, 1)
+    above, *between, below = figure.subplots(len(ratios), sharex=True, height_ratios=ratios)
     for i, (name, records) in enumerate(runs.items()):
         color = colormaps["viridis"](0.8 * i / max(1, len(runs) - 1))  # dark to light, in grey too
         batch, train = ("batch", "train") if i == 0 else (None, None)  # once in the legend
         above.plot(*columns(records, "loss"), color=color, label=batch, alpha=0.35, linewidth=0.8)
-        above.plot(*columns(records, "train_loss"), "--", color=color, label=train)
+        if any("train_loss" in record for record in records):
+            above.plot(*columns(records, "train_loss"), "--", color=color, label=train)
         steps, losses = columns(records, "val_loss")
         best = losses.index(min(losses))
         title = f"{name}: " if len(runs) > 1 else ""
@@ -52,9 +69,15 @@ def draw_losses(runs: dict[str, list[dict]]):
             band = {"color": color, "alpha": 0.2, "linewidth": 0, "label": f"{title}val, expected"}
             above.fill_between(steps, low, columns(records, "expected_high")[1], **band)
         below.plot(*columns(records, "lr"), color=color)
+        for score in scores:
+            style = {"color": color, "label": score.replace("_", " ") if i == 0 else None}
+            between[0].plot(*columns(records, score), SCORES[score], **style, markersize=4)
     above.set(ylabel="loss (nats per token)")
     below.set(xlabel="step", ylabel="learning rate")
-    for axes in (above, below):
+    if scores:
+        between[0].set(ylabel="score")
+        between[0].legend()
+    for axes in (above, *between, below):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     above.legend()
