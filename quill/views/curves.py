@@ -55,8 +55,9 @@ def draw_losses(runs: dict[str, list[dict]]):
     for i, (name, records) in enumerate(runs.items()):
         color = colormaps["viridis"](0.8 * i / max(1, len(runs) - 1))  # dark to light, in grey too
         batch, train = ("batch", "train") if i == 0 else (None, None)  # once in the legend
-        above.plot(*columns(records, "loss"), color=color, label=batch, alpha=0.35, linewidth=0.8)
-        if any("train_loss" in record for record in records):
+        if any("train_loss" in record for record in records):  # not in post-training
+            thin = {"alpha": 0.35, "linewidth": 0.8}
+            above.plot(*columns(records, "loss"), color=color, label=batch, **thin)
             above.plot(*columns(records, "train_loss"), "--", color=color, label=train)
         steps, losses = columns(records, "val_loss")
         best = losses.index(min(losses))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def test_rewards_are_raised(policy, call):
     code, out, _ = call("sample", "--out_dir=rl", "--start=2+3=", "--num_samples=1")
     assert code == 0 and "1" in out
     assert call("evaluate", "--out_dir=rl")[0] == 0
+    assert call("plot", "--out_dir=rl", "--pictures=loss")[0] == 0
+    assert {"val reward", "val exact"} < {*re.findall(">([^<]+)<", Path("rl/loss.svg").read_text())}
 
 
 def test_the_answers_of_the_dataset_are_the_reward(policy, call):
