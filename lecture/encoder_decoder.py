@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-BATCH_SIZE, N_STEPS, LEARNING_RATE = 128, 1500, 3e-3
+BATCH_SIZE, N_STEPS, LEARNING_RATE = 128, 1000, 3e-3
 C, N_HEAD, N_LAYER = 64, 4, 2  # layers of each of the two halves
 N_HELD_OUT = 2000  # dates that are not trained on
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

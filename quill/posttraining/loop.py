@@ -70,7 +70,7 @@ class LoopOptions(UpdateOptions):
 
 
 class Loop:
-    """A run of a task. `Task` says what it has to have; `model` is what the task trains."""
+    """A run of a task, which this file's first lines describe."""
 
     def __init__(self, config: LoopOptions, saved: dict | None, start: Pretrained, make_task):
         """make_task(loop) is called when all else that the task needs is there."""
@@ -87,10 +87,24 @@ class Loop:
         self.guard = NonFiniteGuard(config, self.device)
         self.progress, self.is_resumed = Progress(), saved is not None
         self.ema, self.scaler = EMA(self.model, 0.0), LossScaler(self.device.type, enabled=False)
+        self.signals: list[int] = []  # received, that ask to stop
         if saved is not None:
+            self.check_resume(saved)
             parts = (self.model, self.optimizers, self.ema, self.scaler, self.guard)
             path = Path(config.out_dir, checkpoint.LATEST)
             self.progress = state_dict.load_training_state(saved, path, *parts)
+
+    def check_resume(self, saved: dict) -> None:
+        """Raises InputError where the run would not go on as it was."""
+        if saved.get("text_sha256") != self.data.meta.sha256:
+            raise InputError(
+                f"out_dir={self.config.out_dir} cannot be resumed: dataset "
+                f"{self.config.dataset!r} has another text; prepare the run's again"
+            )
+        if saved["step"] > self.config.max_iters:
+            raise InputError(
+                f"max_iters={self.config.max_iters} lies before step {saved['step']} of the run"
+            )
 
     def run(self) -> int:
         """To the end, or until a signal; -> exit code."""

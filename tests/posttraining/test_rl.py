@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import TINY, command, flat_tensors, is_one_error_line
 
+from quill.data import problems
 from quill.training.checkpoint import load_checkpoint
 
 START = [flag for flag in TINY if not flag.startswith(("--dataset", "--max_iters", "--block_size"))]
@@ -88,6 +89,21 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(policy, call):
         for name in clocks:
             record.pop(name, None)
     assert whole[1] == parts[1] and len(parts[1]) == 4 + 3
+
+
+def test_only_evaluating_writes_nothing(policy, call):
+    code, out, err = call("rl", *RL, "--eval_only=true")
+    assert (code, err) == (0, "") and "val reward" in out and not Path("rl").exists()
+
+
+def test_a_resume_of_something_else_is_refused(policy, call, monkeypatch):
+    assert call("rl", *RL)[0] == 0
+    code, _, err = call("rl", "--out_dir=rl", "--init_from=resume", "--max_iters=3")
+    assert code == 2 and is_one_error_line(err) and "max_iters=3" in err
+    monkeypatch.setattr(problems, "SEED", 1)
+    assert call("prepare", "addition", "--overwrite=true")[0] == 0
+    code, _, err = call("rl", "--out_dir=rl", "--init_from=resume")
+    assert code == 2 and is_one_error_line(err) and "another text" in err
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(policy, call, monkeypatch):
