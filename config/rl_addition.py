@@ -1,5 +1,5 @@
 # Reinforcement learning with a reward that can be checked: python -m quill.rl, from a model that
-# adds badly. docs/lecture.md says how to make one.
+# adds badly. Five minutes on a CPU; docs/lecture.md says how to make such a model.
 
 reward = "answers"  # 1 for the right sum, 0 for any other
 eval_interval = 100  # all 10,000 problems that were held out
@@ -8,9 +8,10 @@ log_interval = 20
 prompts_per_step = 256  # a right answer is worth the same once or twice, so rather more prompts
 completions = 4
 screened = 4  # of 1,024 prompts, those that a first try got wrong
+updates = 2  # of the weights in a step, each with half of the completions
 baseline = "optimal"  # a wrong answer pulls harder at the weights than a right one, and says less
 
-learning_rate = 2e-3
+learning_rate = 1.5e-3
 beta2 = 0.99
 min_lr = 0.0
 lr_schedule = "linear"

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 BATCH_SIZE, N_STEPS, LEARNING_RATE = 128, 1000, 3e-3
 C, N_HEAD, N_LAYER = 64, 4, 2  # layers of each of the two halves
+FIRST_YEAR, LAST_YEAR = 1100, 2099
 N_HELD_OUT = 2000  # dates that are not trained on
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -80,10 +81,10 @@ def in_words(date: datetime.date, form: int) -> str:
 
 
 def make_dates(seed: int) -> tuple[list, list]:
-    """Every date of 1100 to 2099 as (words, ISO), in one of two forms -> train, held out."""
+    """Every date of these years as (words, ISO), in one of two forms -> train, held out."""
     rng = random.Random(seed)
-    first, last = datetime.date(1100, 1, 1).toordinal(), datetime.date(2099, 12, 31).toordinal()
-    days = [datetime.date.fromordinal(n) for n in range(first, last + 1)]
+    first, end = (datetime.date(y, 1, 1).toordinal() for y in (FIRST_YEAR, LAST_YEAR + 1))
+    days = [datetime.date.fromordinal(n) for n in range(first, end)]
     rng.shuffle(days)
     pairs = [(in_words(day, rng.randrange(2)), day.isoformat()) for day in days]
     return pairs[N_HELD_OUT:], pairs[:N_HELD_OUT]

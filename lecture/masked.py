@@ -22,10 +22,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-BATCH_SIZE, T, N_STEPS, LEARNING_RATE = 128, 33, 3000, 2e-3
+BATCH_SIZE, T, N_STEPS, LEARNING_RATE = 64, 65, 3000, 3e-3
 C, N_HEAD, N_LAYER = 64, 4, 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GAP = 8  # every eighth character is masked, so that the neighbours of a mask can be seen
+GAP = 6  # every sixth character is masked, so that the neighbours of a mask can be seen
 
 
 class Encoder(nn.Module):

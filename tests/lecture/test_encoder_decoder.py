@@ -158,7 +158,9 @@ def test_texts_survive_encoding(texts):
     assert [lecture.decode(row) for row in lecture.encode(texts).tolist()] == texts
 
 
-def test_it_trains_and_draws(folder, capsys):
+def test_it_trains_and_draws(folder, capsys, monkeypatch):
+    monkeypatch.setattr(lecture, "FIRST_YEAR", 2090)
+    monkeypatch.setattr(lecture, "N_HELD_OUT", 20)
     assert lecture.main(["--steps=2", "--picture=attention.png"]) == 0
     assert "held-out dates right" in capsys.readouterr().out
     assert Path("attention.png").stat().st_size > 10_000

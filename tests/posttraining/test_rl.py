@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, command, flat_tensors, is_one_error_line
+from helpers import TINY, flat_tensors, is_one_error_line
 
 from quill.data import problems
 from quill.training.checkpoint import load_checkpoint
@@ -156,7 +156,7 @@ def test_what_cannot_work_is_one_line(policy, call, text, flags, said):
     assert code == (1 if "1e9" in flags[0] else 2) and is_one_error_line(err) and said in err, err
 
 
-def test_several_processes_are_refused(policy, monkeypatch):
+def test_several_processes_are_refused(folder, call, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    ended = command("rl", *RL)
-    assert ended.returncode == 2 and "one process" in ended.stderr
+    code, _, err = call("rl", *RL)
+    assert code == 2 and is_one_error_line(err) and "one process" in err
