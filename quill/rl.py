@@ -120,7 +120,7 @@ class RLTask(PolicyTask):
 
     def pick_groups(self, has_signal, step: int) -> torch.Tensor:
         """The places of the groups to learn from, in random order: those whose rewards are not all
-        the same (DAPO, Yu et al. 2025), or a single one, which changes nothing.
+        the same (DAPO, Yu et al. 2025), or a single one, whose advantages are 0.
         """
         used = has_signal.nonzero()[:, 0].numpy() if has_signal.any() else np.arange(1)
         return torch.from_numpy(np.random.default_rng([self.config.seed, step]).permutation(used))

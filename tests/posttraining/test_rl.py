@@ -11,7 +11,10 @@ import pytest
 import torch
 from helpers import TINY, flat_tensors, is_one_error_line
 
+from quill import settings
 from quill.data import problems
+from quill.posttraining.loop import Loop, load_start
+from quill.rl import RLConfig, RLTask
 from quill.training.checkpoint import load_checkpoint
 
 START = [flag for flag in TINY if not flag.startswith(("--dataset", "--max_iters", "--block_size"))]
@@ -66,6 +69,17 @@ def test_the_answers_of_the_dataset_are_the_reward(policy, call):
     assert record["val_reward"] == pytest.approx(record["val_exact"]), "at 0.001 it is greedy"
 
 
+def test_screening_picks_the_prompts_that_a_first_try_got_wrong(policy):
+    write_reward("even", "int(prompt[0] in '02468')")
+    flags = [*RL, "--dataset=addition", "--reward=even.py", "--screened=4"]
+    config = settings.load(RLConfig, flags, usage="")
+    task = Loop(config, None, load_start(config), RLTask).task
+    for step in range(3):
+        prompts = [task.train.prompt(i) for i in task.pick_prompts(step)]
+        first = [task.data.tokenizer.chars[ids[0]] for ids in prompts]
+        assert len(first) == 8 and not {*first} & {*"02468"}
+
+
 def test_rewards_that_are_all_the_same_change_no_weight(policy, call):
     write_reward("zero", "0")
     assert call("rl", *RL, "--reward=zero.py", "--kl_weight=0")[0] == 0
@@ -107,8 +121,6 @@ def test_a_resume_of_something_else_is_refused(policy, call, monkeypatch):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(policy, call, monkeypatch):
-    from quill.posttraining.loop import Loop
-
     step = Loop.step
 
     def interrupted(self):
