@@ -10,14 +10,12 @@ them; the last tenth is held out.
 
 import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
 import dataclasses
-from pathlib import Path
 
 import torch
 
 from quill.errors import run_command
-from quill.posttraining import pairs
 from quill.posttraining.loop import Loop, run_task
-from quill.posttraining.pairs import Pairs
+from quill.posttraining.pairs import Pairs, PairsTask
 from quill.posttraining.policy import dpo_loss
 from quill.posttraining.rollouts import Rollouts, pack
 from quill.posttraining.task import PolicyOptions, PolicyTask
@@ -32,26 +30,14 @@ class DPOConfig(PolicyOptions):
     beta: float = option(0.1, "higher: stay closer to start_from", min=1e-6)
 
 
-class DPOTask(PolicyTask):
+class DPOTask(PairsTask, PolicyTask):
     """What a Loop asks of it is said there."""
 
     command = "dpo"
 
     def __init__(self, loop: Loop):
         super().__init__(loop)
-        sizes = self.data.tokenizer, self.model.config.block_size
-        self.train_pairs, self.val_pairs = pairs.read(Path(self.config.pairs), *sizes)
-
-    def summary(self) -> str:
-        return (
-            f"{len(self.train_pairs):,} train and {len(self.val_pairs):,} val pairs, "
-            f"{self.config.pairs_per_step} in a step"
-        )
-
-    def losses(self, step: int):
-        drawn = self.train_pairs.draw(self.config.pairs_per_step, self.config.seed, step)
-        losses, is_right, n_tokens = self.of_pairs(drawn)
-        yield losses.mean(), {"pairs_right": is_right.float().mean().item(), "tokens": n_tokens}
+        self.open_pairs(loop, self.model.config.block_size)
 
     def of_pairs(self, drawn: Pairs):
         """-> the loss of each pair, whether its chosen completion gained more, and all tokens."""
@@ -66,13 +52,7 @@ class DPOTask(PolicyTask):
         return losses, chosen > rejected, sum(map(len, both))
 
     def evaluate_rollouts(self, places, rollouts: Rollouts) -> dict:
-        sums = torch.zeros(2)
-        for start in range(0, len(self.val_pairs), self.config.batch_size):
-            self.loop.check_signals()
-            stop = min(start + self.config.batch_size, len(self.val_pairs))
-            losses, is_right, _ = self.of_pairs(self.val_pairs.part(range(start, stop)))
-            sums += torch.stack((losses.sum(), is_right.sum())).cpu()
-        mean_loss, right = (sums / len(self.val_pairs)).tolist()
+        mean_loss, right = self.evaluate_pairs()
         return {"val_dpo": mean_loss, "val_pairs": right}
 
 

@@ -12,8 +12,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
-
 from quill import settings
 from quill.data import tokenizers
 from quill.errors import InputError, run_command
@@ -78,15 +76,15 @@ def judged(config: PairsConfig, step: int, prompts, decoder, tokenizer, judge):
     ids = [prompts.prompt(i) for i in places]
     sizes = config.max_new_tokens, config.temperature
     rollouts = roll_out(decoder, tokenizer, ids, 2, *sizes, [config.seed, step])
-    asked = np.repeat([tokenizers.decode(tokenizer, prompt) for prompt in ids], 2)
-    scores = judge(asked, None, rollouts)
+    asked = [tokenizers.decode(tokenizer, prompt) for prompt in ids for _ in range(2)]
+    scores = judge(asked, [], rollouts)
     for i in range(0, len(asked), 2):
         first, second = rollouts.texts[i : i + 2]
         if abs(scores[i] - scores[i + 1]) <= config.margin:
             yield None
             continue
         chosen, rejected = (first, second) if scores[i] > scores[i + 1] else (second, first)
-        yield {"prompt": str(asked[i]), "chosen": chosen, "rejected": rejected}
+        yield {"prompt": asked[i], "chosen": chosen, "rejected": rejected}
 
 
 if __name__ == "__main__":

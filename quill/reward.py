@@ -11,15 +11,12 @@ tenth is held out. `python -m quill.rl --reward=out-reward` trains a policy on t
 
 import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
 import dataclasses
-from pathlib import Path
 
-import torch
 
 from model import GPTConfig
 from quill.errors import InputError, run_command
-from quill.posttraining import pairs
 from quill.posttraining.loop import Loop, LoopOptions, run_task
-from quill.posttraining.pairs import Pairs
+from quill.posttraining.pairs import Pairs, PairsTask
 from quill.posttraining.policy import pair_loss
 from quill.posttraining.reward_model import KIND, RewardModel
 from quill.posttraining.rollouts import pack
@@ -35,31 +32,18 @@ class RewardConfig(LoopOptions):
     batch_size: int = option(256, "pairs that the model reads at a time in evaluations", min=1)
 
 
-class RewardTask:
+class RewardTask(PairsTask):
     """What a Loop asks of it is said there."""
 
     command = "reward"
 
     def __init__(self, loop: Loop):
-        self.loop, self.config = loop, loop.config
         if not isinstance(loop.start.config, GPTConfig):
-            raise InputError(f"start_from={self.config.start_from}: a bigram reads no completions")
+            raise InputError(f"start_from={loop.config.start_from}: a bigram reads no completions")
         self.model = RewardModel(loop.start.config).to(loop.device)
         self.model.load_body(loop.start.weights)
         self.model_config = dataclasses.asdict(self.model.config) | {"model": KIND}
-        sizes = loop.data.tokenizer, self.model.config.block_size
-        self.train_pairs, self.val_pairs = pairs.read(Path(self.config.pairs), *sizes)
-
-    def summary(self) -> str:
-        return (
-            f"{len(self.train_pairs):,} train and {len(self.val_pairs):,} val pairs, "
-            f"{self.config.pairs_per_step} in a step"
-        )
-
-    def losses(self, step: int):
-        drawn = self.train_pairs.draw(self.config.pairs_per_step, self.config.seed, step)
-        losses, is_right, n_tokens = self.of_pairs(drawn)
-        yield losses.mean(), {"pairs_right": is_right.float().mean().item(), "tokens": n_tokens}
+        self.open_pairs(loop, self.model.config.block_size)
 
     def of_pairs(self, drawn: Pairs):
         """-> the loss of each pair, whether its chosen completion scores higher, and all tokens."""
@@ -69,15 +53,8 @@ class RewardTask:
             chosen, rejected = self.model(batch).split(len(drawn))
         return pair_loss(chosen, rejected), chosen > rejected, sum(map(len, both))
 
-    @torch.no_grad()
     def evaluate(self) -> dict:
-        sums = torch.zeros(2)
-        for start in range(0, len(self.val_pairs), self.config.batch_size):
-            self.loop.check_signals()
-            stop = min(start + self.config.batch_size, len(self.val_pairs))
-            losses, is_right, _ = self.of_pairs(self.val_pairs.part(range(start, stop)))
-            sums += torch.stack((losses.sum(), is_right.sum())).cpu()
-        mean_loss, right = (sums / len(self.val_pairs)).tolist()
+        mean_loss, right = self.evaluate_pairs()
         return {"val_loss": mean_loss, "val_pairs": right}
 
 

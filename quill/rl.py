@@ -22,7 +22,13 @@ from quill.data.dataset import IGNORE_INDEX
 from quill.errors import InputError, run_command
 from quill.posttraining import reward_model
 from quill.posttraining.loop import Loop, run_task
-from quill.posttraining.policy import clipped_loss, group_advantages, kl_estimate
+from quill.posttraining.policy import (
+    clipped_loss,
+    group_advantages,
+    kl_estimate,
+    squared_scores,
+    token_log_probs,
+)
 from quill.posttraining.rewards import AnswerReward, FileReward, ModelReward
 from quill.posttraining.rollouts import Batch, Rollouts
 from quill.posttraining.task import PolicyOptions, PolicyTask
@@ -98,8 +104,8 @@ class RLTask(PolicyTask):
         rows = (used[:, None] * config.completions + torch.arange(config.completions)).flatten()
         batch = rollouts.part(rows.to(self.loop.device))
         with torch.no_grad():
-            old, _, scores = self.log_probs(self.model, batch)
-            reference, *_ = self.log_probs(self.reference, batch)
+            old, scores = self.log_probs(self.model, batch, of=log_probs_and_scores)
+            reference, _ = self.log_probs(self.reference, batch)
         groups = groups[used].to(self.loop.device)
         weights = scores.view(groups.shape) if config.baseline == "optimal" else None
         advantages = group_advantages(groups, weights, config.scale_advantages).flatten()
@@ -132,7 +138,7 @@ class RLTask(PolicyTask):
         and of the start.
         """
         config = self.config
-        log_probs, entropy, _ = self.log_probs(self.model, batch)
+        log_probs, entropy = self.log_probs(self.model, batch)
         counts = batch.targets != IGNORE_INDEX
         n_tokens = counts.sum()
         losses, is_clipped = clipped_loss(
@@ -150,6 +156,11 @@ class RLTask(PolicyTask):
     def evaluate_rollouts(self, places, rollouts: Rollouts) -> dict:
         rewards = self.score(self.reward, self.val, places, rollouts)
         return {"val_reward": float(rewards.mean())}
+
+
+def log_probs_and_scores(logits, targets, temperature: float):
+    log_probs, _ = token_log_probs(logits, targets, temperature)
+    return log_probs, squared_scores(logits, targets, temperature)
 
 
 def main(argv: list[str]) -> int:

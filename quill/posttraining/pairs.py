@@ -5,11 +5,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from quill.data.dataset import shuffled_epoch
 from quill.data.tokenizers import Tokenizer
 from quill.errors import InputError, blames_input
 from quill.files import open_file
+from quill.posttraining.prompts import draw_places
 
 NAMES = ("prompt", "chosen", "rejected")
 HELD_OUT = 10  # one pair of so many, the last ones of the file
@@ -31,10 +32,8 @@ class Pairs:
         return Pairs(*([column[i] for i in places] for column in columns))
 
     def draw(self, n: int, seed: int, step: int) -> "Pairs":
-        """The n pairs of a step: a function of seed and step alone."""
-        epochs, places = np.divmod(step * n + np.arange(n), len(self))
-        orders = {epoch: shuffled_epoch(len(self), 1, seed, int(epoch))[0] for epoch in {*epochs}}
-        return self.part([orders[e][place] for e, place in zip(epochs, places, strict=True)])
+        """The n pairs of a step."""
+        return self.part(draw_places(len(self), n, seed, step))
 
 
 def read(path: Path, tokenizer: Tokenizer, block_size: int) -> tuple[Pairs, Pairs]:
@@ -66,3 +65,39 @@ def read(path: Path, tokenizer: Tokenizer, block_size: int) -> tuple[Pairs, Pair
         raise InputError(f"{path} has {len(pairs)} pairs, fewer than {HELD_OUT}")
     n_train = len(pairs) - n_held_out
     return pairs.part(range(n_train)), pairs.part(range(n_train, len(pairs)))
+
+
+class PairsTask:
+    """What quill.dpo and quill.reward have in common. `of_pairs` is theirs:
+
+    of_pairs(pairs) -> the loss of each (N,), whether its chosen completion is the better one, and
+    how many tokens were read.
+    """
+
+    def open_pairs(self, loop, block_size: int) -> None:
+        self.loop, self.config = loop, loop.config
+        sizes = loop.data.tokenizer, block_size
+        self.train_pairs, self.val_pairs = read(Path(self.config.pairs), *sizes)
+
+    def summary(self) -> str:
+        return (
+            f"{len(self.train_pairs):,} train and {len(self.val_pairs):,} val pairs, "
+            f"{self.config.pairs_per_step} in a step"
+        )
+
+    def losses(self, step: int):
+        drawn = self.train_pairs.draw(self.config.pairs_per_step, self.config.seed, step)
+        losses, is_right, n_tokens = self.of_pairs(drawn)
+        yield losses.mean(), {"pairs_right": is_right.float().mean().item(), "tokens": n_tokens}
+
+    @torch.no_grad()
+    def evaluate_pairs(self) -> tuple[float, float]:
+        """-> the mean loss of those held out, and the fraction that is right."""
+        sums = torch.zeros(2)
+        for start in range(0, len(self.val_pairs), self.config.batch_size):
+            self.loop.check_signals()
+            stop = min(start + self.config.batch_size, len(self.val_pairs))
+            losses, is_right, _ = self.of_pairs(self.val_pairs.part(range(start, stop)))
+            sums += torch.stack((losses.sum(), is_right.sum())).cpu()
+        mean_loss, right = (sums / len(self.val_pairs)).tolist()
+        return mean_loss, right

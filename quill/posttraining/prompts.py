@@ -28,16 +28,21 @@ class Prompts:
         return self.ids[self.ends[i] : self.answer_ends[i]]
 
     def draw(self, n: int, seed: int, step: int) -> np.ndarray:
-        """The n prompts of a step: a function of seed and step alone. Each epoch has all of them
-        once, in an order of its own.
-        """
-        epochs, places = np.divmod(step * n + np.arange(n), len(self))
-        orders = {epoch: shuffled_epoch(len(self), 1, seed, int(epoch))[0] for epoch in {*epochs}}
-        return np.array([orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)])
+        """The n prompts of a step."""
+        return draw_places(len(self), n, seed, step)
 
     def spread(self, n: int) -> np.ndarray:
         """At most n prompts, evenly from all."""
         return np.unique(np.linspace(0, len(self) - 1, n).astype(np.int64))
+
+
+def draw_places(n_all: int, n: int, seed: int, step: int) -> np.ndarray:
+    """The n of n_all things that a step takes, (n,): a function of seed and step alone. Each epoch
+    has all of them once, in an order of its own.
+    """
+    epochs, places = np.divmod(step * n + np.arange(n), n_all)
+    orders = {epoch: shuffled_epoch(n_all, 1, seed, int(epoch))[0] for epoch in {*epochs}}
+    return np.array([orders[epoch][place] for epoch, place in zip(epochs, places, strict=True)])
 
 
 def prompts_of(split: Split, n_tokens: int) -> Prompts:

@@ -8,7 +8,7 @@ import torch
 
 from quill.data import tokenizers
 from quill.posttraining.loop import Loop, LoopOptions
-from quill.posttraining.policy import squared_scores, token_log_probs
+from quill.posttraining.policy import token_log_probs
 from quill.posttraining.prompts import Prompts, prompts_of
 from quill.posttraining.rewards import FileReward
 from quill.posttraining.rollouts import Batch, Rollouts, roll_out
@@ -72,20 +72,20 @@ class PolicyTask:
         tokenizer, n_each = self.data.tokenizer, len(rollouts.texts) // len(places)
         asked = [tokenizers.decode(tokenizer, prompts.prompt(i)) for i in places]
         answers = [tokenizers.decode(tokenizer, prompts.answer(i)[:-1]) for i in places]
-        return reward(np.repeat(asked, n_each), np.repeat(answers, n_each), rollouts)
+        asked, answers = ([t for t in texts for _ in range(n_each)] for texts in (asked, answers))
+        return reward(asked, answers, rollouts)
 
-    def log_probs(self, model, batch: Batch):
-        """-> the log-probability of each token of the completions and the entropy there, (N, T),
-        and the completions' squared_scores (N,).
+    def log_probs(self, model, batch: Batch, of=token_log_probs):
+        """-> the log-probability of each token of the completions and the entropy there, (N, T).
+
+        of: another function of logits, targets and temperature -> tensors of N rows.
         """
         parts, temperature = [], self.config.temperature
         for part in batch.split(self.config.batch_size):
             with devices.autocast(self.loop.device, self.loop.dtype):
                 logits, _ = model(part.idx)
             logits = logits[..., : self.data.tokenizer.vocab_size]
-            of_tokens = token_log_probs(logits, part.targets, temperature)
-            with torch.no_grad():
-                parts.append((*of_tokens, squared_scores(logits, part.targets, temperature)))
+            parts.append(of(logits, part.targets, temperature))
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     @torch.no_grad()
@@ -97,8 +97,8 @@ class PolicyTask:
         )
         places = self.val.spread(config.val_prompts)
         rollouts = self.roll_out(self.val, places, 1, VAL_PROMPTS)
-        log_probs, *_ = self.log_probs(self.model, rollouts)
-        reference, *_ = self.log_probs(self.reference, rollouts)
+        log_probs, _ = self.log_probs(self.model, rollouts)
+        reference, _ = self.log_probs(self.reference, rollouts)
         kl = (log_probs - reference).sum() / int(rollouts.lengths.sum())
         metrics = {"val_loss": val_loss, "val_kl": float(kl)}
         if self.data.val.examples is not None:
