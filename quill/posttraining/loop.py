@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from model import GPTConfig
 from quill import settings
 from quill.errors import EXIT_DONE, InputError, RunError, Stopped, stop_signals
 from quill.files import file_lock
@@ -180,9 +181,7 @@ class Loop:
         return {"objective": loss.item(), "grad_norm": grad_norm.item()}
 
     def evaluate(self) -> dict:
-        self.model.eval()
         record = {"step": self.progress.step, **self.task.evaluate()}
-        self.model.train()
         if not all(map(math.isfinite, record.values())):
             raise RunError(f"{evaluation_text(record)}: not finite, not saved; lower learning_rate")
         return record
@@ -264,11 +263,17 @@ def run_task(options: type[LoopOptions], argv: list[str], usage: str, make_task)
 
 
 def load_start(config: LoopOptions) -> Pretrained:
-    """The weights to start from; raises InputError where they are not given, or the run's own."""
+    """The weights to start from, without dropout.
+
+    Raises InputError where they are not given, or the run's own.
+    """
     if not config.start_from:
         raise InputError("give --start_from=DIR, the folder of the run to start from")
     if os.path.realpath(config.start_from) == os.path.realpath(config.out_dir):
         raise InputError(
             f"out_dir={config.out_dir} is the run that it starts from: choose another folder"
         )
-    return pretrained.load(config.start_from)
+    start = pretrained.load(config.start_from)
+    if isinstance(start.config, GPTConfig):  # what it writes is drawn from what is trained
+        start = dataclasses.replace(start, config=dataclasses.replace(start.config, dropout=0.0))
+    return start

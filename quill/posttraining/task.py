@@ -54,8 +54,7 @@ class PolicyTask:
     def roll_out(self, prompts: Prompts, places, n_each: int, step: int) -> Rollouts:
         ids = [prompts.prompt(i) for i in places]
         config, seed = self.config, [self.config.seed, step]
-        self.model.eval()
-        rollouts = roll_out(
+        return roll_out(
             self.decoder,
             self.data.tokenizer,
             ids,
@@ -64,8 +63,6 @@ class PolicyTask:
             config.temperature,
             seed,
         )
-        self.model.train()
-        return rollouts
 
     def score(self, reward, prompts: Prompts, places, rollouts: Rollouts) -> np.ndarray:
         """The rewards (N,) of completions of the prompts at these places."""

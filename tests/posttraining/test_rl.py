@@ -120,6 +120,15 @@ def test_a_resume_of_something_else_is_refused(policy, call, monkeypatch):
     assert code == 2 and is_one_error_line(err) and "another text" in err
 
 
+def test_a_start_with_dropout_is_trained_without(sums, call):
+    """Or the policy that is trained would not be the one that wrote the completions."""
+    assert call("train", *START, "--dropout=0.5")[0] == 0
+    assert call("rl", *RL, "--max_iters=1", "--updates=1", "--learning_rate=0")[0] == 0
+    steps = [record for record in records("rl") if "reward" in record]
+    assert [record["kl"] for record in steps] == [0.0]
+    assert load_checkpoint(Path("rl/ckpt.pt"))["model_config"]["dropout"] == 0
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(policy, call, monkeypatch):
     step = Loop.step
 
