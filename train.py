@@ -34,7 +34,7 @@ from quill.training.cuda_graph import Recorded
 from quill.training.ema import EMA
 from quill.training.log import Logger, NullLogger, StepTimer, evaluation_text
 from quill.training.metrics import count_answers
-from quill.training.models import Bigram, build, config_from_options, config_to_dict
+from quill.training.models import Bigram, build, config_from_options
 from quill.training.nonfinite import LossScaler, NonFiniteGuard
 from quill.training.optimizers import OptimizerOptions, get_lr, make_optimizers, set_lr
 from quill.training.saving import Saver
@@ -419,7 +419,8 @@ def evaluate_and_save(run: Run) -> None:
         is_best = record["val_loss"] < progress.best_val_loss
         if is_best:
             progress.best_val_loss = record["val_loss"]
-            run.saver.keep_best(weights_and_config(run))  # the averages, where there are any
+            best = state_dict.weights_and_config(run)  # the averages, where there are any
+            run.saver.keep_best(best)
     progress.stale_evaluations = 0 if is_best else progress.stale_evaluations + 1
     progress.evaluated_step = progress.step
     progress.seconds = run.timer.seconds()
@@ -441,24 +442,10 @@ def log_step(run: Run, loss, grad_norm) -> None:
     run.log.step(record | run.timer.lap(run.progress.step))
 
 
-def weights_and_config(run: Run) -> dict:
-    """What best.pt holds, all that sampling needs, in copies that no step changes."""
-    return {
-        "model": state_dict.model_state_dict(run.model),
-        "model_config": config_to_dict(run.model.config),
-        "config": dataclasses.asdict(run.config),
-        "tokenizer": run.data.meta.tokenizer,
-        "step": run.progress.step,
-        "best_val_loss": run.progress.best_val_loss,
-        "text_source": run.data.meta.source,
-        "text_sha256": run.data.meta.sha256,
-    }
-
-
 def save(run: Run) -> None:
     """Start to write ckpt.pt, with all that an exact resume needs, and before it a new best.pt."""
     run.saver.wait()  # for the save before, so that the copies of two need not fit in memory
-    contents = weights_and_config(run)
+    contents = state_dict.weights_and_config(run)
     contents |= state_dict.training_state(run.optimizers, run.ema, run.scaler)
     contents["progress"] = dataclasses.asdict(run.progress)
     run.log.sync()  # no checkpoint on the disk is newer than the metrics that led to it

@@ -59,8 +59,7 @@ def _load_start(config, argv: list[str], usage: str) -> pretrained.Pretrained | 
         source = settings.load(type(config), files, usage=usage).init_from
     if source in ("scratch", "auto"):
         return None
-    folder, given = (Path(os.path.realpath(name)) for name in (config.out_dir, source))
-    if folder == (given if given.is_dir() else given.parent):
+    if lies_in(source, config.out_dir):
         raise InputError(
             f"out_dir={config.out_dir}: the run would write over {source}, which it starts from; "
             "choose another folder, or --init_from=resume to continue that run"
@@ -68,3 +67,9 @@ def _load_start(config, argv: list[str], usage: str) -> pretrained.Pretrained | 
     if source in pretrained.RELEASES:  # refuse a missing dataset before downloading gigabytes
         dataset_files.read(dataset_folder(config.dataset))
     return pretrained.load(source)
+
+
+def lies_in(source: str, out_dir: str) -> bool:
+    """Whether the weights, a run's folder or a file, are those of the run in out_dir."""
+    folder, given = (Path(os.path.realpath(name)) for name in (out_dir, source))
+    return folder == (given if given.is_dir() else given.parent)

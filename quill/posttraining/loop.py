@@ -15,7 +15,6 @@ What a step draws depends on (seed, step) alone, so that a resume needs no rando
 import contextlib
 import dataclasses
 import math
-import os
 import shlex
 import signal
 import time
@@ -29,7 +28,7 @@ from quill.errors import EXIT_DONE, InputError, RunError, Stopped, stop_signals
 from quill.files import file_lock
 from quill.interop import pretrained
 from quill.interop.pretrained import Pretrained
-from quill.interop.start import find_start
+from quill.interop.start import find_start, lies_in
 from quill.settings import DType, option, options_of
 from quill.training import checkpoint, checks, devices, distributed, run_folder, state_dict
 from quill.training.checkpoint import Progress
@@ -90,22 +89,10 @@ class Loop:
         self.ema, self.scaler = EMA(self.model, 0.0), LossScaler(self.device.type, enabled=False)
         self.signals: list[int] = []  # received, that ask to stop
         if saved is not None:
-            self.check_resume(saved)
+            checks.check_resume(config, self.data, None, saved)
             parts = (self.model, self.optimizers, self.ema, self.scaler, self.guard)
             path = Path(config.out_dir, checkpoint.LATEST)
             self.progress = state_dict.load_training_state(saved, path, *parts)
-
-    def check_resume(self, saved: dict) -> None:
-        """Raises InputError where the run would not go on as it was."""
-        if saved.get("text_sha256") != self.data.meta.sha256:
-            raise InputError(
-                f"out_dir={self.config.out_dir} cannot be resumed: dataset "
-                f"{self.config.dataset!r} has another text; prepare the run's again"
-            )
-        if saved["step"] > self.config.max_iters:
-            raise InputError(
-                f"max_iters={self.config.max_iters} lies before step {saved['step']} of the run"
-            )
 
     def run(self) -> int:
         """To the end, or until a signal; -> exit code."""
@@ -199,18 +186,9 @@ class Loop:
     def save(self) -> None:
         """ckpt.pt alone: the latest policy is the one to use, there is no best.pt."""
         self.progress.seconds = time.perf_counter() - self.started
-        contents = {
-            "model": state_dict.model_state_dict(self.model),
-            "model_config": self.task.model_config,
-            "config": dataclasses.asdict(self.config),
-            "tokenizer": self.data.meta.tokenizer,
-            "step": self.progress.step,
-            "best_val_loss": self.progress.best_val_loss,
-            "text_source": self.data.meta.source,
-            "text_sha256": self.data.meta.sha256,
-            **state_dict.training_state(self.optimizers, self.ema, self.scaler),
-            "progress": dataclasses.asdict(self.progress),
-        }
+        contents = state_dict.weights_and_config(self, self.task.model_config)
+        contents |= state_dict.training_state(self.optimizers, self.ema, self.scaler)
+        contents["progress"] = dataclasses.asdict(self.progress)
         self.saver.wait()
         self.log.sync()
         self.saver.start(contents)
@@ -269,7 +247,7 @@ def load_start(config: LoopOptions) -> Pretrained:
     """
     if not config.start_from:
         raise InputError("give --start_from=DIR, the folder of the run to start from")
-    if os.path.realpath(config.start_from) == os.path.realpath(config.out_dir):
+    if lies_in(config.start_from, config.out_dir):
         raise InputError(
             f"out_dir={config.out_dir} is the run that it starts from: choose another folder"
         )

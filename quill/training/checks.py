@@ -59,15 +59,20 @@ def check_lora(model_config, has_weights: bool) -> None:
 
 
 def check_resume(config, data, model_config, saved: dict) -> None:
-    """Raises InputError with every difference that makes the checkpoint unusable."""
+    """Raises InputError with every difference that makes the checkpoint unusable.
+
+    model_config: what the options say; None where they say nothing of the model.
+    """
     path = Path(config.out_dir, LATEST)
-    kinds = ValueError, TypeError, LookupError
-    with blames_input(f"{path} is not usable for a resume", *kinds):
-        then = config_to_dict(config_from_dict(saved["model_config"]))
-    then |= {"optimizer": saved["config"].get("optimizer")}
-    now = config_to_dict(model_config) | {"optimizer": config.optimizer}
+    then = {"optimizer": saved["config"].get("optimizer")}
+    now = {"optimizer": config.optimizer}
+    if model_config is not None:
+        kinds = ValueError, TypeError, LookupError
+        with blames_input(f"{path} is not usable for a resume", *kinds):
+            then |= config_to_dict(config_from_dict(saved["model_config"]))
+        now |= config_to_dict(model_config)
     free = {"dropout", "init_std"}
-    if then["model"] != now["model"]:  # a bigram has none of a GPT's other options
+    if then.get("model") != now.get("model"):  # a bigram has none of a GPT's other options
         free |= now.keys() - {"model"}
     different = differences(then, now, free)
     tokenizer = tokenizers.from_json(saved["tokenizer"], str(path))

@@ -5,6 +5,7 @@ that they stay as they are while the training goes on. They are apart from check
 sampling needs no torch.distributed, which takes a second to import.
 """
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from quill.training import distributed, lora
 from quill.training.checkpoint import MISFITS, Progress
 from quill.training.devices import is_out_of_memory
 from quill.training.ema import EMA
+from quill.training.models import config_to_dict
 from quill.training.nonfinite import LossScaler, NonFiniteGuard
 
 
@@ -28,6 +30,24 @@ def model_state_dict(model: torch.nn.Module) -> dict:
     if is_tied:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     return weights
+
+
+def weights_and_config(run, model_config: dict | None = None) -> dict:
+    """What best.pt holds, all that sampling needs, in copies that no step changes.
+
+    run: train.py's, or the one of another command that trains.
+    model_config: how the model is described, if not as one of models.py.
+    """
+    return {
+        "model": model_state_dict(run.model),
+        "model_config": model_config or config_to_dict(run.model.config),
+        "config": dataclasses.asdict(run.config),
+        "tokenizer": run.data.meta.tokenizer,
+        "step": run.progress.step,
+        "best_val_loss": run.progress.best_val_loss,
+        "text_source": run.data.meta.source,
+        "text_sha256": run.data.meta.sha256,
+    }
 
 
 def training_state(optimizers: list, ema: EMA, scaler: LossScaler) -> dict:
