@@ -49,12 +49,18 @@ class CharTokenizer:
         return "".join(self.chars[i] for i in ids)
 
 
-def open_splits(path: Path):
-    """-> the ids of train, the ids of val, the tokenizer. Raises OSError or ValueError.
+def split(ids):
+    """-> the ids of train, the ids of val, which is the last tenth.
 
-    Val is the last tenth of the text. No model trains on it, so its loss shows what a model has
-    learned about text in general, and not what it remembers of this one.
+    No model trains on val, so its loss shows what a model has learned about text in general, and
+    not what it remembers of this one.
     """
+    n_train = int(0.9 * len(ids))
+    return ids[:n_train], ids[n_train:]
+
+
+def open_splits(path: Path):
+    """-> the ids of train, the ids of val, the tokenizer. Raises OSError or ValueError."""
     text = path.read_text(encoding="utf-8")
     tokenizer = CharTokenizer(text)
     if len(tokenizer.chars) > MAX_VOCAB_SIZE:
@@ -62,11 +68,10 @@ def open_splits(path: Path):
             f"{len(tokenizer.chars):,} distinct characters are too many for these small models; "
             f"choose a text with at most {MAX_VOCAB_SIZE:,}"
         )
-    ids = torch.tensor(tokenizer.encode(text))
-    n_train = int(0.9 * len(ids))
-    if len(ids) - n_train <= BLOCK_SIZE:
+    train_ids, val_ids = split(torch.tensor(tokenizer.encode(text)))
+    if len(val_ids) <= BLOCK_SIZE:
         raise ValueError(f"its last tenth must have more than {BLOCK_SIZE} characters")
-    return ids[:n_train], ids[n_train:], tokenizer
+    return train_ids, val_ids, tokenizer
 
 
 def get_batch(ids):
@@ -159,17 +164,23 @@ class AdamW:
             p -= self.lr / correction1 * mean / ((square / correction2).sqrt() + self.eps)
 
 
+def train_step(model, optimizer, idx, targets):
+    """One update of the model's weights; -> the loss before it."""
+    loss = cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+    for p in model.parameters():
+        p.grad = None  # backward() would add to the gradients of the last step
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
 def train(model, ids, seed: int, name: str = "") -> None:
     """Batch, loss, gradients, update; N_STEPS times."""
     torch.manual_seed(seed)  # every rung of the ladder sees the same batches
     optimizer = AdamW(model.parameters(), LEARNING_RATE)
     for step in range(1, N_STEPS + 1):
         idx, targets = get_batch(ids)  # (B, T) each
-        loss = cross_entropy(model(idx).flatten(0, 1), targets.flatten())
-        for p in optimizer.params:
-            p.grad = None  # backward() would add to the gradients of the last step
-        loss.backward()
-        optimizer.step()
+        loss = train_step(model, optimizer, idx, targets)
         show_progress(name, seed, step, loss)
 
 
