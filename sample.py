@@ -14,10 +14,9 @@ import dataclasses
 import functools
 
 from quill import settings
-from quill.data import dataset_files, tokenizers
+from quill.data import tokenizers
 from quill.errors import InputError, blames_input, reader_may_leave, run_command
-from quill.files import dataset_folder
-from quill.interop import ensemble, pretrained
+from quill.interop.for_sampling import load_for_sampling
 from quill.sampling import interactive
 from quill.sampling.decoder import Decoder
 from quill.sampling.text import SampleOptions, TextStream, read_prompt, sample_tokens, stream_text
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> int:
     prompt = read_prompt(config.start)
     device = pick_device(config.device)
     with out_of_memory_advice(f"lower num_samples={config.num_samples}"), reader_may_leave():
-        loaded, tokenizer = load_model(config)
+        loaded, tokenizer = load_for_sampling(config)
         model = loaded.build().eval().to(device, pick_dtype(config.dtype, device))
         decoder = Decoder(model, tokenizer.vocab_size, config.compile)
         if config.interactive:
@@ -59,37 +58,11 @@ def main(argv: list[str]) -> int:
         with blames_input("the prompt does not fit this model, give another --start", InputError):
             ids = tokenizers.encode_prompt(tokenizer, prompt)
         streams = [
-            TextStream(tokenizer, config.stop, loaded.reverses_answers)
+            TextStream(tokenizer, [config.stop], loaded.reverses_answers)
             for _ in range(config.num_samples)
         ]
         print_samples(prompt, sample_tokens(decoder, ids, config), streams)
     return 0
-
-
-def load_model(config: SampleConfig):
-    """-> the weights, and the tokenizer that they came with, or else that of a dataset."""
-    given = None
-    if config.dataset:
-        path = dataset_folder(config.dataset) / "meta.json"
-        given = tokenizers.from_json(dataset_files.read_meta(path).tokenizer, str(path))
-    if config.init_from == "resume":
-        loaded = ensemble.from_folders(config.out_dir)
-    else:
-        loaded = pretrained.load(config.init_from)
-    if loaded.tokenizer is not None and given is not None:
-        raise InputError(f"dataset={config.dataset}: the model came with a tokenizer; leave it out")
-    tokenizer = loaded.tokenizer or given
-    if tokenizer is None:
-        raise InputError(
-            f"{config.init_from} comes without a tokenizer: give --dataset=NAME, one that was "
-            "prepared with the same"
-        )
-    if tokenizer.vocab_size > loaded.config.vocab_size:
-        raise InputError(
-            f"dataset {config.dataset!r} has {tokenizer.vocab_size:,} tokens, more than the "
-            f"{loaded.config.vocab_size:,} of the model: it is not what that was trained on"
-        )
-    return loaded, tokenizer
 
 
 def print_samples(prompt: str, steps, streams: list[TextStream]) -> None:

@@ -19,6 +19,7 @@ COMMANDS = (
     "arithmetic",
     "reference",
     "scaling",
+    "serve",
     *POSTTRAINING,
 )
 TOP_LEVEL = {
@@ -38,6 +39,7 @@ MAX_READING_PATH_LINES = 1900
 MAX_FUNCTION_LINES = 60
 
 EXTRAS = ("matplotlib", "safetensors", "tokenizers", "wandb", "torch.utils.tensorboard", "pyarrow")
+EXTRAS += ("pydantic", "starlette", "uvicorn")
 NOT_EVERYWHERE = ("fcntl", "readline", "resource")  # modules of some operating systems
 # Start-up time: preparing a text and drawing losses need no torch, which takes a second and 200 MB;
 # only a download needs requests, which takes longer than all else that prepares Tiny Shakespeare.
@@ -46,6 +48,7 @@ LAZY = {
     ("prepare.py", "quill.data.download"),
     ("quill/data/tokenizers.py", "requests"),
     ("quill/plot.py", "quill.views"),
+    ("quill/serve.py", "quill.views"),  # which imports the extra `web` at the top
 }
 
 

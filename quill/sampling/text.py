@@ -1,7 +1,7 @@
 """From a prompt to text: token ids drawn from a model, decoded as they come."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,18 +30,23 @@ class SampleOptions:
 
 
 class TextStream:
-    """One text as its tokens arrive: whole characters only, up to its end or the stop string.
+    """One text as its tokens arrive: whole characters only, up to its end or a stop string.
 
     reverses_answers: show the completion as `plain_answer` does, once all of it is there.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, stop: str, reverses_answers: bool = False):
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        stops: Iterable[str] = (),
+        reverses_answers: bool = False,
+    ):
         self._end_of_text = tokenizer.end_of_text
         self._reverses_answers = reverses_answers
         self._completion = ""  # kept until it can be reversed
         self._decoder = tokenizers.StreamDecoder(tokenizer)
-        self._stop = stop
-        self._pending = ""  # may still turn out to begin the stop string
+        self._stops = [stop for stop in stops if stop]
+        self._pending = ""  # may still turn out to begin a stop string
         self.is_done = False
 
     def feed(self, token: int) -> str:
@@ -64,13 +69,12 @@ class TextStream:
 
     def _release(self, text: str) -> str:
         text = self._pending + text
-        before, found, _ = text.partition(self._stop) if self._stop else (text, "", "")
+        found = [text.index(stop) for stop in self._stops if stop in text]
         if found:
             self.is_done, self._pending = True, ""
-            return before
-        n_held = next(
-            (n for n in range(len(self._stop) - 1, 0, -1) if text.endswith(self._stop[:n])), 0
-        )
+            return text[: min(found)]
+        begun = (stop[:n] for stop in self._stops for n in range(1, len(stop)))
+        n_held = max((len(part) for part in begun if text.endswith(part)), default=0)
         self._pending = text[len(text) - n_held :]
         return text[: len(text) - n_held]
 
@@ -126,7 +130,7 @@ def stream_text(
 
     Raises InputError for a prompt that does not fit the vocabulary.
     """
-    stream = TextStream(tokenizer, options.stop, reverses_answers)
+    stream = TextStream(tokenizer, [options.stop], reverses_answers)
     ids = tokenizers.encode_prompt(tokenizer, prompt)
     yield prompt
     one = dataclasses.replace(options, num_samples=1)

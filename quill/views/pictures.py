@@ -3,7 +3,7 @@
 Each is a table of coloured cells, from light for low to dark for high, which can be read in grey
 and by the colour-blind.
 
-Shapes:  T time, in tokens   V vocab_size   nh n_head   C n_embd
+Shapes:  T time, in tokens   nh n_head
 """
 
 import math
@@ -15,13 +15,14 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from torch.nn import functional as F
 
-from model import GPT, attention_weights
+from model import GPT
 from quill.data.tokenizers import Tokenizer, encode_prompt
 from quill.errors import InputError, blames_input
 from quill.interop import pretrained
 from quill.sampling.decoder import Decoder
 from quill.sampling.text import SampleOptions, read_prompt, sample_tokens
 from quill.training.models import Bigram
+from quill.views import insides
 
 # How much one picture shows, so that it can be read.
 MAX_TOKENS = 96
@@ -75,22 +76,6 @@ def written_by(model: GPT | Bigram, tokenizer: Tokenizer) -> torch.Tensor:
     return torch.cat((start, *map(torch.tensor, steps)))
 
 
-def attention_maps(model: GPT, ids: torch.Tensor) -> torch.Tensor:
-    """ids (T) -> the attention of each token to each: (n_layer, nh, T, T), whose rows sum to 1."""
-    maps = []
-
-    def record(attention, inputs):
-        x, rotary, _ = inputs
-        q, k, _ = attention.queries_keys_values(x, rotary)
-        maps.append(attention_weights(q, k)[0])  # (nh, T, T)
-
-    hooks = [block.attn.register_forward_pre_hook(record) for block in model.transformer.h]
-    model(ids[None])
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(maps)
-
-
 def draw_attention(model: GPT, tokenizer: Tokenizer, ids: torch.Tensor) -> Figure:
     """A map for each head (across) of each layer (down), with a row for each token that attends."""
     n_layer, n_head = model.config.n_layer, model.config.n_head
@@ -98,7 +83,7 @@ def draw_attention(model: GPT, tokenizer: Tokenizer, ids: torch.Tensor) -> Figur
         raise InputError(f"{n_layer} layers of {n_head} heads are too many maps for one picture")
     T = min(MAX_MAP_TOKENS, max(MIN_MAP_TOKENS, MAPS_WIDTH // n_head - 1))
     T = min(T, model.config.block_size, len(ids))
-    maps = attention_maps(model, ids[:T])
+    maps = insides.attention_maps(model, ids[:T])
     maps[..., ~torch.ones(T, T, dtype=torch.bool).tril()] = math.nan  # the future stays white
     side = max(T, MIN_MAP_TOKENS) + 1  # with a gap to the next map
     maps = F.pad(maps, (0, side - T, 0, side - T), value=math.nan)
@@ -118,23 +103,12 @@ def draw_attention(model: GPT, tokenizer: Tokenizer, ids: torch.Tensor) -> Figur
     return axes.figure
 
 
-def guesses(model: GPT, ids: torch.Tensor, vocab_size: int):
-    """ids (T + 1) -> the loss of each but the first, in nats (T), and the likeliest tokens there.
-
-    The latter are token ids and their probabilities, (T, N_GUESSES) each.
-    """
-    logits = model(ids[None, :-1])[0][0]  # (T, V)
-    surprise = F.cross_entropy(logits, ids[1:], reduction="none")
-    probs, tokens = logits.softmax(dim=-1)[:, :vocab_size].topk(min(N_GUESSES, vocab_size))
-    return surprise, tokens, probs
-
-
 def draw_surprise(model: GPT, tokenizer: Tokenizer, ids: torch.Tensor) -> Figure:
     """The text in lines, and below each token those that the model found likeliest there."""
     n = min(MAX_TOKENS, model.config.block_size + 1, len(ids))
     if n < 2:
         raise InputError("the first token is not predicted: give a --start of two or more")
-    surprise, guessed, probs = guesses(model, ids[:n], tokenizer.vocab_size)
+    surprise, guessed, probs = insides.guesses(model, ids[:n], tokenizer.vocab_size, N_GUESSES)
     tokens = torch.cat((ids[1:n, None], guessed), dim=1)  # (n - 1, 1 + N_GUESSES)
     labels = np.array([labels_of(tokenizer, column) for column in tokens.tolist()])
     values = torch.cat((surprise[:, None], probs), dim=1).numpy()
@@ -166,21 +140,13 @@ def wrapped(table: np.ndarray, n_columns: int, empty) -> np.ndarray:
     return lines.reshape(n_lines * (m + 1), n_columns)[:-1]
 
 
-def neighbours(model: GPT, tokens: list[int], vocab_size: int):
-    """-> cosines and token ids, (n, N_NEIGHBOURS) each, of the most similar embeddings."""
-    vectors = F.normalize(model.transformer.wte.weight[:vocab_size])  # (V, C)
-    cosines = vectors[tokens] @ vectors.T  # (n, V)
-    cosines[range(len(tokens)), tokens] = -math.inf  # not a neighbour of itself
-    return cosines.topk(min(N_NEIGHBOURS, vocab_size - 1))
-
-
 def draw_neighbours(model: GPT, tokenizer: Tokenizer, ids: torch.Tensor) -> Figure:
     """A row for each distinct token of the text, with its nearest neighbours first."""
     if tokenizer.vocab_size < 2:
         raise InputError("a vocabulary of one token has no neighbours: draw other --pictures")
     distinct = [*dict.fromkeys(ids.tolist())]
     tokens = distinct[:N_DISTINCT]
-    cosines, nearest = neighbours(model, tokens, tokenizer.vocab_size)
+    cosines, nearest = insides.neighbours(model, tokens, tokenizer.vocab_size, N_NEIGHBOURS)
     cosines = cosines.numpy()
     labels = [labels_of(tokenizer, row) for row in nearest.tolist()]
     width = max(8 * CHAR_INCHES, cell_width(labels))

@@ -72,6 +72,7 @@ compile = False
         "pairs",
         "reward",
         "dpo",
+        "serve",
     ],
 )
 def test_help_says_how_to_run_it(folder, script):

@@ -21,7 +21,7 @@ from quill.errors import InputError
 
 PAGES = [REPO / "README.md", REPO / "data/README.md", *sorted((REPO / "docs").glob("*.md"))]
 COMMANDS = (*SCRIPTS, "plot", "bench", "export", "evaluate", "arithmetic", "reference")
-COMMANDS += ("scaling", "rl", "pairs", "reward", "dpo")
+COMMANDS += ("scaling", "serve", "rl", "pairs", "reward", "dpo")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 A_COMMAND = re.compile(r"python3? |torchrun |--\w|config/\w+\.py|\.ci/\w+|.*&& python3? ")
 # `path`, or `path`: `name`, `Class.name`

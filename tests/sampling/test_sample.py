@@ -144,14 +144,14 @@ class Letters:
 
 @given(st.text("abc", max_size=30), st.text("abc", max_size=4))
 def test_a_text_is_cut_at_the_stop_string_and_nowhere_else(text, stop):
-    cut = TextStream(Letters(), stop)
+    cut = TextStream(Letters(), [stop])
     out = "".join(cut.feed(ord(char) - ord("a")) for char in text) + cut.finish()
     assert out == (text.split(stop)[0] if stop else text)
     assert not stop or stop in text or out == text
 
 
 def test_a_text_ends_with_its_own_token_and_shows_what_was_held_back():
-    cut = TextStream(Letters(), "bc")
+    cut = TextStream(Letters(), ["bc"])
     assert [cut.feed(token) for token in (0, 1, 9, 0)] == ["a", "", "b", ""]
     assert cut.is_done and cut.finish() == ""
 
@@ -164,7 +164,7 @@ def test_the_first_sample_is_shown_while_it_is_made(capsys):
             yield [token, token]
             shown.append(capsys.readouterr().out)
 
-    sample.print_samples("> ", steps(), [TextStream(Letters(), "") for _ in range(2)])
+    sample.print_samples("> ", steps(), [TextStream(Letters()) for _ in range(2)])
     assert shown == ["> a", "b", "c"]
     assert capsys.readouterr().out == f"\n{SEPARATOR}\n> abc\n{SEPARATOR}\n"
 

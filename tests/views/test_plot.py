@@ -16,7 +16,7 @@ from matplotlib import image, rc_context, rcParams
 
 from quill import plot
 from quill.data import tokenizers
-from quill.views import curves, pictures
+from quill.views import curves, insides, pictures
 
 EVALUATIONS = [
     {"step": 0, "train_loss": 4.0, "val_loss": 4.1, "lr": 0.0},
@@ -160,7 +160,7 @@ def test_attention_maps_are_what_the_model_uses(switches):
     model(ids[None])
     for hook in hooks:
         hook.remove()
-    maps = pictures.attention_maps(model, ids)
+    maps = insides.attention_maps(model, ids)
     assert maps.shape == (2, 2, 7, 7)
     torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, 2, 7))
     assert (maps.triu(1) == 0).all(), "nobody sees the future"
@@ -174,7 +174,7 @@ def test_attention_maps_are_what_the_model_uses(switches):
 @torch.no_grad()
 def test_surprise_is_the_loss_and_padding_is_never_guessed(switches):
     model, ids = tiny_model(switches), random_ids(9)
-    surprise, guessed, probs = pictures.guesses(model, ids, vocab_size=6)
+    surprise, guessed, probs = insides.guesses(model, ids, vocab_size=6, n_guesses=4)
     logits, loss = model(ids[None, :-1], ids[None, 1:])
     assert surprise.mean().item() == pytest.approx(loss.item(), rel=1e-5)
     expected = logits[0].softmax(dim=-1)[:, :6].sort(descending=True)
@@ -189,7 +189,7 @@ def test_neighbours_point_the_same_way():
     vectors = torch.stack((angles.cos(), angles.sin()), dim=1)
     model.transformer.wte.weight.zero_()
     model.transformer.wte.weight[:6, :2] = vectors * torch.tensor([[1.0], [9], [5], [1], [7], [9]])
-    cosines, tokens = pictures.neighbours(model, [0, 3], vocab_size=5)  # 5 is padding
+    cosines, tokens = insides.neighbours(model, [0, 3], vocab_size=5, n=8)  # 5 is padding
     assert tokens.tolist() == [[2, 4, 3, 1], [2, 1, 0, 4]]
     assert cosines[0].tolist() == pytest.approx([math.cos(x) for x in (0.1, 0.2, 1.5, 3)], abs=1e-6)
 
