@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -389,7 +390,7 @@ def test_a_bigram_is_served(tiny, call):
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def test_the_command_starts_and_ends(tiny, call):
+def test_what_keeps_the_command_from_starting(tiny, call, monkeypatch):
     assert call("train", *TINY)[0] == 0
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -398,3 +399,6 @@ def test_the_command_starts_and_ends(tiny, call):
     assert f"port={port}: Address already in use" in done.stderr
     code, _, err = call("serve", "--port=0", "--out_dir=nothing")
     assert code == 2 and "nothing/ckpt.pt is missing" in err
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    code, _, err = call("serve")
+    assert code == 2 and is_one_error_line(err) and "pip install '.[web]'" in err

@@ -20,7 +20,7 @@ function open(name, ...given) {
     $(tab.getAttribute("aria-controls")).hidden = !isOpen;
   }
   $("options").hidden = name === "see" || name === "train";
-  location.hash = name;
+  history.replaceState(null, "", `#${name}`); // to set location.hash would move the focus
   views[name]?.(...given);
 }
 
