@@ -85,6 +85,36 @@ def draw_losses(runs: dict[str, list[dict]]):
     return figure
 
 
+def draw_kl(runs: dict[str, list[dict]]):
+    """A figure of what post-training gained, and of what that cost: scores against val_kl.
+
+    A dot for each evaluation; runs that begin at the same weights begin at the same dot. Above the
+    judge's score, below the reward that the policy was trained on: where that goes on to rise while
+    the judge's falls, the policy exploits the errors of the reward model (Gao et al. 2022).
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    evaluations = [r for records in runs.values() for r in records if "val_kl" in r]
+    scores = [name for name in ("val_judge", "val_reward") if any(name in r for r in evaluations)]
+    if not scores:
+        raise InputError("no evaluation has a val_judge or val_reward to draw against val_kl")
+    figure = Figure(figsize=(7, 1 + 3 * len(scores)), layout="constrained")
+    rows = figure.subplots(len(scores), sharex=True, squeeze=False)[:, 0]
+    for axes, score in zip(rows, scores, strict=True):
+        for i, (name, records) in enumerate(runs.items()):
+            color = colormaps["viridis"](0.8 * i / max(1, len(runs) - 1))
+            found = [r for r in records if score in r and "val_kl" in r]
+            points = [r["val_kl"] for r in found], [r[score] for r in found]
+            axes.plot(*points, "-o", color=color, label=name, markersize=4)
+        axes.set(ylabel=score.replace("_", " "))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    rows[-1].set(xlabel="KL from the start (nats per token)")
+    rows[0].legend()
+    return figure
+
+
 def columns(records: list[dict], name: str) -> tuple[list, list]:
     """The steps and the values of the records that have a value of that name."""
     found = [record for record in records if name in record]

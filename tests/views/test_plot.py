@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import subprocess
@@ -65,6 +66,27 @@ def test_the_best_step_of_each_run_is_marked():
     assert dashed == [[4.0, 2.0], [4.0, 2.0, 1.0]]
     assert [list(line.get_ydata()) for line in below.lines] == [[0.0, 0.01, 0.02], [0.0, 0.01, 0.0]]
     assert best[0].get_color() != best[1].get_color()
+
+
+def test_scores_over_the_distance_from_the_start(folder, call):
+    scored = [
+        {"step": 0, "val_loss": 2.0, "val_kl": 0.0, "val_judge": 0.5, "val_reward": 1.0},
+        {"step": 5, "val_loss": 2.5, "val_kl": 0.25, "val_judge": 0.25, "val_reward": 3.0},
+    ]
+    without_reward = [{k: v for k, v in r.items() if k != "val_reward"} for r in scored]
+    figure = curves.draw_kl({"rl": scored, "dpo": without_reward})
+    judge, reward = figure.axes
+    assert [line.get_label() for line in judge.lines] == ["rl", "dpo"]
+    assert judge.lines[0].get_xydata().tolist() == [[0.0, 0.5], [0.25, 0.25]]
+    assert [line.get_xydata().tolist() for line in reward.lines] == [[[0.0, 1.0], [0.25, 3.0]], []]
+    for name, records in {"rl": scored, "plain": EVALUATIONS}.items():
+        Path(name).mkdir()
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        Path(name, "metrics.jsonl").write_text(lines)
+    code, out, _ = call("plot", "--out_dir=rl,plain", "--pictures=kl")
+    assert code == 0 and written(out)[0] == Path("rl/kl.png") and Path("rl/kl.svg").exists()
+    code, _, err = call("plot", "--out_dir=plain", "--pictures=kl")
+    assert code == 2 and "no evaluation has a val_judge" in err
 
 
 @pytest.mark.parametrize(
