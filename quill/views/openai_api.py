@@ -9,6 +9,7 @@ import dataclasses
 import json
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Literal
 
@@ -174,11 +175,14 @@ class Answer:
         self.created = int(time.time())
         self.id = secrets.token_hex(12)
         self.n_tokens = 0
-        self.pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        self.pieces: deque[Piece | Exception] = deque()  # not read yet
+        self.has_pieces, loop = asyncio.Event(), asyncio.get_running_loop()
 
-        def put(piece):
-            loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
+        def put(piece: Piece | Exception) -> None:
+            """Called in the engine's thread. To wake the other for each token would cost time."""
+            self.pieces.append(piece)
+            if request.stream or isinstance(piece, Exception) or piece.finish_reason:
+                loop.call_soon_threadsafe(self.has_pieces.set)
 
         seed = secrets.randbits(32) if request.seed is None else request.seed
         cuts = Cuts(request.temperature, request.top_k, request.top_p)
@@ -194,12 +198,15 @@ class Answer:
         """Raises ApiError where a text cannot be completed."""
         n_open = len(self.texts)
         while n_open:
-            piece = await self.pieces.get()
-            if isinstance(piece, Exception):
-                raise ApiError(500, str(piece), kind="server_error")
-            self.n_tokens += 1
-            n_open -= piece.finish_reason is not None
-            yield piece
+            await self.has_pieces.wait()
+            self.has_pieces.clear()
+            while self.pieces:
+                piece = self.pieces.popleft()
+                if isinstance(piece, Exception):
+                    raise ApiError(500, str(piece), kind="server_error")
+                self.n_tokens += 1
+                n_open -= piece.finish_reason is not None
+                yield piece
 
     def cancel(self) -> None:
         self.served.engine.cancel(self.texts)
