@@ -1,0 +1,93 @@
+"""What may be asked of the endpoints below /v1, as the OpenAI API names it.
+
+`top_k` is an addition, as in other servers. A wrong value is named by pydantic.
+"""
+
+from typing import Literal
+
+import pydantic
+from pydantic import Field
+
+MAX_STOPS, MAX_LOGPROBS = 16, 20
+
+
+class StreamOptions(pydantic.BaseModel):
+    include_usage: bool = False
+
+
+class TextRequest(pydantic.BaseModel):
+    """What both kinds of requests have. An option that has no meaning here is refused."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    model: str
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    n: int = Field(1, ge=1)
+    seed: int | None = Field(None, ge=0)
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    # Clients send these with the values that change nothing.
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    logit_bias: dict | None = Field(None, max_length=0)
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @pydantic.field_validator("stop")
+    @classmethod
+    def check_stop(cls, stop):
+        if isinstance(stop, list) and len(stop) > MAX_STOPS:
+            raise ValueError(f"at most {MAX_STOPS} texts")
+        return stop
+
+
+class CompletionRequest(TextRequest):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(16, ge=1)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: Literal[False] | None = False
+    best_of: int | None = Field(None, ge=1, le=1)
+    suffix: None = None
+
+    @property
+    def n_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def n_tokens(self) -> int | None:
+        return self.max_tokens
+
+    def prompts(self) -> list[str | list[int]]:
+        is_one = isinstance(self.prompt, str) or all(type(x) is int for x in self.prompt)
+        return [self.prompt] if self.prompt and is_one else self.prompt
+
+
+class Message(pydantic.BaseModel):
+    role: Literal["user"]
+    content: str
+
+
+class ChatRequest(TextRequest):
+    # A run of prompts and completions has seen one message and its answer.
+    messages: list[Message] = Field(min_length=1, max_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def n_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def n_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    def prompts(self) -> list[str | list[int]]:
+        return [self.messages[0].content]
