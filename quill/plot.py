@@ -8,6 +8,7 @@ Usage:
     python -m quill.plot --out_dir=out --pictures=loss      only one of them
     python -m quill.plot --out_dir=out-a,out-b              the losses of several runs, in one
                                                             picture: out-a/losses.png
+    python -m quill.plot --out_dir=out-a,out-b --pictures=time   val losses against seconds
     python -m quill.plot --out_dir=out-rl,out-dpo --pictures=kl   scores of post-training against
                                                             the distance from its start
 
@@ -31,7 +32,8 @@ STYLE = {
     **{"savefig.facecolor": "white", "savefig.dpi": 150, "savefig.bbox": "tight", "font.size": 9},
     **{"svg.fonttype": "none", "svg.hashsalt": "quill", "text.parse_math": False},
 }
-Which = Literal["all", "loss", "kl", "attention", "surprise", "neighbours"]
+OF_METRICS = ("loss", "time", "kl")  # for which no model is loaded
+Which = Literal["all", "loss", "time", "kl", "attention", "surprise", "neighbours"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,17 +64,18 @@ def main(argv: list[str]) -> int:
 def draw(config: PlotConfig, out_dirs: list[Path]) -> dict:
     """-> the figures by name."""
     figures, is_one = {}, len(out_dirs) == 1
-    if config.pictures in ("all", "loss", "kl"):
+    if config.pictures in ("all", *OF_METRICS):
         runs = {str(path): curves.read_metrics(path / "metrics.jsonl") for path in out_dirs}
-    if config.pictures == "kl":
-        figures["kl"] = curves.draw_kl(runs)
+    if config.pictures in ("kl", "time"):
+        drawing = curves.draw_kl if config.pictures == "kl" else curves.draw_time
+        figures[config.pictures] = drawing(runs)
     if config.pictures in ("all", "loss"):
         figures["loss" if is_one else "losses"] = curves.draw_losses(runs)
-    if not is_one and (config.start or config.pictures not in ("all", "loss", "kl")):
+    if not is_one and (config.start or config.pictures not in ("all", *OF_METRICS)):
         raise InputError(
             f"--start and --pictures={config.pictures} take one run, not {config.out_dir}"
         )
-    if config.pictures not in ("loss", "kl") and is_one:
+    if config.pictures not in OF_METRICS and is_one:
         from quill.views import pictures  # torch takes a second, which the losses do not need
 
         figures |= pictures.draw(out_dirs[0], config.start, config.pictures)

@@ -88,31 +88,47 @@ def draw_losses(runs: dict[str, list[dict]]):
 def draw_kl(runs: dict[str, list[dict]]):
     """A figure of what post-training gained, and of what that cost: scores against val_kl.
 
-    A dot for each evaluation; runs that begin at the same weights begin at the same dot. Above the
-    judge's score, below the reward that the policy was trained on: where that goes on to rise while
-    the judge's falls, the policy exploits the errors of the reward model (Gao et al. 2022).
+    Above the judge's score, below the reward that the policy was trained on: where that goes on to
+    rise while the judge's falls, the policy exploits the errors of the reward model (Gao et al.
+    2022). Runs that begin at the same weights begin at the same dot.
+    """
+    names = [name for records in runs.values() for r in records if "val_kl" in r for name in r]
+    scores = [name for name in ("val_judge", "val_reward") if name in names]
+    if not scores:
+        raise InputError("no evaluation has a val_judge or val_reward to draw against val_kl")
+    figure, rows = new_lines(runs, "val_kl", scores)
+    rows[-1].set(xlabel="KL from the start (nats per token)")
+    return figure
+
+
+def draw_time(runs: dict[str, list[dict]]):
+    """A figure of each run's val loss against the seconds of its training."""
+    figure, (axes,) = new_lines(runs, "seconds", ["val_loss"])
+    axes.set(xlabel="seconds", ylabel="val loss (nats per token)", xscale="log")
+    return figure
+
+
+def new_lines(runs: dict[str, list[dict]], x: str, values: list[str]):
+    """-> a figure with a row for each of these values, and the axes of the rows.
+
+    Each run is a line with a dot for each evaluation.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    evaluations = [r for records in runs.values() for r in records if "val_kl" in r]
-    scores = [name for name in ("val_judge", "val_reward") if any(name in r for r in evaluations)]
-    if not scores:
-        raise InputError("no evaluation has a val_judge or val_reward to draw against val_kl")
-    figure = Figure(figsize=(7, 1 + 3 * len(scores)), layout="constrained")
-    rows = figure.subplots(len(scores), sharex=True, squeeze=False)[:, 0]
-    for axes, score in zip(rows, scores, strict=True):
+    figure = Figure(figsize=(7, 1 + 3 * len(values)), layout="constrained")
+    rows = figure.subplots(len(values), sharex=True, squeeze=False)[:, 0]
+    for axes, value in zip(rows, values, strict=True):
         for i, (name, records) in enumerate(runs.items()):
             color = colormaps["viridis"](0.8 * i / max(1, len(runs) - 1))
-            found = [r for r in records if score in r and "val_kl" in r]
-            points = [r["val_kl"] for r in found], [r[score] for r in found]
+            found = [record for record in records if value in record and x in record]
+            points = [record[x] for record in found], [record[value] for record in found]
             axes.plot(*points, "-o", color=color, label=name, markersize=4)
-        axes.set(ylabel=score.replace("_", " "))
+        axes.set(ylabel=value.replace("_", " "))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    rows[-1].set(xlabel="KL from the start (nats per token)")
     rows[0].legend()
-    return figure
+    return figure, rows
 
 
 def columns(records: list[dict], name: str) -> tuple[list, list]:
