@@ -21,7 +21,8 @@ export function setUpSee(model) {
     const answer = await read(text, {});
     ({ tokens, n_unread: nUnread } = answer);
     buttons = tokens.map(tokenButton);
-    $("tokens").replaceChildren(...buttons);
+    const breaks = tokens.map((token) => token.text.replace(/[^\n]/g, "")); // after their tokens
+    $("tokens").replaceChildren(...buttons.flatMap((button, i) => [button, breaks[i]]));
     buttons[nUnread].tabIndex = 0;
     $("position").hidden = true;
     const known = tokens.slice(nUnread + 1).map((token) => token.surprise);
@@ -34,7 +35,7 @@ export function setUpSee(model) {
 
   function tokenButton(token, i) {
     const button = element("button", { type: "button", className: "token", tabIndex: -1,
-      textContent: token.text === "\n" ? "↵\n" : token.text });
+      textContent: token.text.replaceAll("\n", "↵") });
     button.setAttribute("role", "option");
     button.disabled = i < nUnread;
     button.addEventListener("click", () => shown(() => showPosition(i)));

@@ -4,7 +4,7 @@ import { metrics } from "./api.js";
 import { $, shown, svg } from "./dom.js";
 
 const EVERY_MS = 2000;
-const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [640, 320, 44, 12, 12, 30];
+const [WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM] = [640, 320, 44, 24, 12, 30];
 
 export function setUpTrain(model) {
   let next = 0;
