@@ -26,7 +26,10 @@ class ServeConfig:
         "resume", "resume: out_dir's; gpt2, gpt2-medium, gpt2-large, gpt2-xl; or a path to weights"
     )
     dataset: str = option("", "take data/<dataset>'s tokenizer, for weights without one")
-    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: all, anyone can then use it")
+    host: str = option(
+        "127.0.0.1",
+        "address to listen on; 0.0.0.0: all, then whoever knows this machine's can use it",
+    )
     port: int = option(8000, "0: any that is free", min=0, max=65535)
     max_texts: int = option(16, "texts that are written at the same time", min=1, max=1024)
     max_waiting: int = option(48, "texts that wait; above that the answer is 429", min=0)
@@ -49,10 +52,7 @@ def main(argv: list[str]) -> int:
     with server.listen(config.host, config.port) as listener:
         with out_of_memory_advice(f"lower max_texts={config.max_texts}"):
             served = load(config)
-        try:
-            server.run(server.new_server(served, config.host), listener)
-        finally:
-            served.engine.close()
+        server.run(server.new_server(served, config.host), listener)
     return 0
 
 

@@ -54,18 +54,22 @@ class TextStream:
         if token == self._end_of_text:
             return self.finish()
         text = "" if self.is_done else self._release(self._decoder.feed([token]))
-        if not self._reverses_answers:
-            return text
-        self._completion += text
-        return ""
+        return self._as_shown(text)
 
     def finish(self) -> str:
         """-> what was held back. Nothing follows."""
         text = "" if self.is_done else self._release(self._decoder.finish()) + self._pending
         self.is_done, self._pending = True, ""
-        if self._reverses_answers:
-            text, self._completion = plain_answer(self._completion + text), ""
-        return text
+        return self._as_shown(text)
+
+    def _as_shown(self, text: str) -> str:
+        if not self._reverses_answers:
+            return text
+        self._completion += text
+        if not self.is_done:
+            return ""
+        text, self._completion = self._completion, ""
+        return plain_answer(text)
 
     def _release(self, text: str) -> str:
         text = self._pending + text
@@ -73,7 +77,7 @@ class TextStream:
         if found:
             self.is_done, self._pending = True, ""
             return text[: min(found)]
-        begun = (stop[:n] for stop in self._stops for n in range(1, len(stop)))
+        begun = (stop[:n] for stop in self._stops for n in range(1, min(len(stop), len(text) + 1)))
         n_held = max((len(part) for part in begun if text.endswith(part)), default=0)
         self._pending = text[len(text) - n_held :]
         return text[: len(text) - n_held]

@@ -1,7 +1,9 @@
 """The texts that a request asks for, while the engine writes them."""
 
 import asyncio
+import contextlib
 import dataclasses
+import math
 import secrets
 import time
 from collections import deque
@@ -43,10 +45,12 @@ class Choice:
         self.index, self.put = index, put
         self.n_logprobs = request.n_logprobs
         self.stream = TextStream(served.tokenizer, request.stops, served.reverses_answers)
-        self.n_left, self.deadline = served.max_tokens_of(request.n_tokens), served.deadline()
+        self.n_left, self.max_seconds = request.n_tokens, served.limits.seconds
+        self.deadline = math.inf  # from the first token on
 
     def on_token(self, token: int, logits: torch.Tensor) -> bool:
         self.n_left -= 1
+        self.deadline = min(self.deadline, time.monotonic() + self.max_seconds)
         piece = Piece(self.index, self.stream.feed(token), self.score_of(token, logits))
         if self.stream.is_done:
             piece.finish_reason = "stop"
@@ -70,6 +74,7 @@ class Answer:
 
     def __init__(self, served: Served, request: TextRequest):
         self.served, self.request = served, request
+        served.check_n_tokens(request.n_tokens)
         self.prompts = [served.prompt_ids(prompt) for prompt in request.prompts()]
         self.created = int(time.time())
         self.id = secrets.token_hex(12)
@@ -81,7 +86,8 @@ class Answer:
             """Called in the engine's thread. To wake the other for each token would cost time."""
             self.pieces.append(piece)
             if request.stream or isinstance(piece, Exception) or piece.finish_reason:
-                loop.call_soon_threadsafe(self.has_pieces.set)
+                with contextlib.suppress(RuntimeError):  # the loop has ended, nobody waits
+                    loop.call_soon_threadsafe(self.has_pieces.set)
 
         seed = secrets.randbits(32) if request.seed is None else request.seed
         cuts = Cuts(request.temperature, request.top_k, request.top_p)

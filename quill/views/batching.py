@@ -1,8 +1,7 @@
 """Texts that grow in one batch, which each may join and leave between two tokens.
 
-A batch of 8 reads the weights once for 8 tokens, so it is several times as fast as one text after
-the other. Each text has the tokens that sample.py would draw for it alone, but for the rounding of
-float32.
+A batch of a GPT reads the weights once for a token of each text. Each text has the tokens that
+sample.py would draw for it alone, but for the rounding of float32.
 
 Shapes:  B texts in the batch   T tokens   V vocab_size   nh n_head   hs head size
 """
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from model import GPT, attention_dtype, logits_to_probs, sample
+from model import GPT, KVCache, logits_to_probs, sample
 from quill.errors import RunError
 from quill.sampling.window import fast_kernels
 
@@ -45,23 +44,16 @@ class Text:
     on_error: Callable[[Exception], None]
 
 
-class RowsCache:
+class RowsCache(KVCache):
     """Keys and values of B texts of different lengths: `model.KVCache`, with a length for each row.
 
     It takes one new token of each row at a time; a row's first tokens come by `fill`.
     """
 
     def __init__(self, model: GPT, n_rows: int):
-        config, weight = model.config, next(model.parameters())
-        shape = (n_rows, config.n_head, config.block_size, config.head_size)
-        options = {"device": weight.device, "dtype": attention_dtype(weight)}
-        self.k = [torch.zeros(shape, **options) for _ in range(config.n_layer)]
-        self.v = [torch.zeros(shape, **options) for _ in range(config.n_layer)]
-        n_shifts = config.n_layer if config.token_shift else 0
-        shape = (n_rows, 1, config.n_embd)
-        self.newest = [weight.new_zeros(shape) for _ in range(n_shifts)]
-        self.lengths = torch.zeros(n_rows, dtype=torch.int64, device=weight.device)
-        self.n_rows = 0  # in use, the first ones
+        super().__init__(model, n_rows)
+        self.lengths = torch.zeros(n_rows, dtype=torch.int64, device=self.k[0].device)
+        self.n_rows = self.longest = 0  # rows in use, the first ones; tokens of the longest
 
     def fill(self, row: int, one) -> None:
         """Take the tokens of `one`, the KVCache of a single text, into a row."""
@@ -84,13 +76,13 @@ class RowsCache:
     def positions(self, T: int):
         """(B, 1)"""
         assert T == 1, "one token of each row"
-        self.rows = torch.arange(self.n_rows, device=self.lengths.device)
         self.longest = int(self.lengths[: self.n_rows].max()) + 1
         return self.lengths[: self.n_rows, None]
 
     def append(self, layer: int, k, v):
         """k, v: (B, nh, 1, hs)"""
-        at = self.rows, slice(None), self.lengths[: self.n_rows]
+        rows = torch.arange(self.n_rows, device=self.lengths.device)
+        at = rows, slice(None), self.lengths[: self.n_rows]
         self.k[layer][at] = k[:, :, 0]
         self.v[layer][at] = v[:, :, 0].to(k.dtype)  # as in `attend`
         used = slice(self.n_rows), slice(None), slice(self.longest)
@@ -117,7 +109,7 @@ class Batch:
         self.model, self.vocab_size, self.max_texts = model, vocab_size, max_texts
         self.block_size = model.config.block_size
         self.texts: list[Text] = []  # text i is row i of the cache
-        self.one = model.new_cache(1) if isinstance(model, GPT) else None  # to read prompts
+        self.prompt_cache = model.new_cache(1) if isinstance(model, GPT) else None
         self.cache = RowsCache(model, max_texts) if isinstance(model, GPT) else None
 
     @torch.inference_mode()
@@ -166,12 +158,12 @@ class Batch:
 
     def _read_all_but_newest(self, row: int) -> None:
         ids = self.texts[row].ids[:-1]
-        self.one.clear()
+        self.prompt_cache.clear()
         if ids:
             idx = torch.tensor([ids], device=self.cache.lengths.device)
             with fast_kernels(len(ids)):
-                self.model(idx, cache=self.one, last_only=True)
-        self.cache.fill(row, self.one)
+                self.model(idx, cache=self.prompt_cache, last_only=True)
+        self.cache.fill(row, self.prompt_cache)
 
     def _draw(self, logits) -> list[int]:
         """One token of each text; those that are drawn alike, at once."""

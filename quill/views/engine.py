@@ -1,5 +1,6 @@
-"""The thread that owns the model: it writes texts in a batch, and does in between what is asked."""
+"""The thread that owns the model: it writes texts in a batch, and makes calls in between."""
 
+import functools
 import logging
 import queue
 import threading
@@ -7,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from quill.errors import RunError
 from quill.views.batching import Batch, Text
 
 
@@ -15,15 +17,16 @@ class Busy(Exception):  # noqa: N818  it is no error of the program
 
 
 class Engine:
-    """on_error of a text is called, in this thread, with what ended it before it was complete."""
+    """on_error of a text is called, in the thread, with what ended it before it was complete."""
 
     def __init__(self, batch: Batch, max_waiting: int):
         self.batch, self.max_waiting = batch, max_waiting
         self.waiting: deque[Text] = deque()
-        self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.calls: deque[Callable[[], None]] = deque()
+        self.orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()  # come first
+        self.lock = threading.Lock()  # of `waiting`
         self.is_closed = False
         self.thread = threading.Thread(target=self._run, name="model", daemon=True)
-        self.lock = threading.Lock()  # of `waiting`, to which other threads add
         self.thread.start()
 
     # ---- called from other threads ---------------------------------------------------------------
@@ -35,14 +38,16 @@ class Engine:
             if n_open + len(texts) > self.batch.max_texts + self.max_waiting:
                 raise Busy
             self.waiting.extend(texts)
-        self.inbox.put(lambda: None)  # wakes the thread
+        self._wake()
 
     def cancel(self, texts: list[Text]) -> None:
-        """Write no more of those that are not complete."""
-        self.inbox.put(lambda: [self._drop(text) for text in texts])
+        """Write no more of those that are not complete; within a token."""
+        self.orders.put(lambda: [self._drop(text) for text in texts])
 
     def call(self, function: Callable) -> Future:
-        """The result of function(), between two tokens."""
+        """The result of function(), after the next token; raises Busy where too many wait."""
+        if len(self.calls) > self.max_waiting:
+            raise Busy
         future = Future()
 
         def work():
@@ -52,34 +57,53 @@ class Engine:
                 except Exception as error:  # for whoever waits
                     future.set_exception(error)
 
-        self.inbox.put(work)
+        self.calls.append(work)
+        self._wake()
         return future
 
     def close(self) -> None:
-        self.inbox.put(lambda: setattr(self, "is_closed", True))
+        """End with an error what is not complete."""
+        self.is_closed = True
+        self._wake()
         self.thread.join()
+
+    def _wake(self) -> None:
+        self.orders.put(lambda: None)
 
     # ---- in the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self.is_closed:
-            is_idle = not self.batch.texts and not self.waiting
+            is_idle = not (self.batch.texts or self.waiting or self.calls)
             if is_idle:
-                self.inbox.get()()
-            while not self.inbox.empty():
-                self.inbox.get()()
-            while self.waiting and len(self.batch.texts) < self.batch.max_texts:
-                text = self.waiting.popleft()
-                self._guarded([text], lambda text=text: self.batch.join(text))
+                self.orders.get()()
+            while not self.orders.empty():
+                self.orders.get()()
+            if self.calls:  # one for each token, so that neither keeps the other waiting
+                self.calls.popleft()()
+            self._let_join()
             if self.batch.texts:
                 self._guarded(list(self.batch.texts), self.batch.step)
+        for text in (*self.batch.texts, *self.waiting):
+            text.on_error(RunError("the server is stopping"))
+        for call in self.calls:
+            call()
+
+    def _let_join(self) -> None:
+        while len(self.batch.texts) < self.batch.max_texts:
+            with self.lock:
+                if not self.waiting:
+                    return
+                text = self.waiting.popleft()
+            self._guarded([text], functools.partial(self.batch.join, text))
 
     def _guarded(self, texts: list[Text], work: Callable[[], None]) -> None:
         """A failure ends these texts, and not the thread."""
         try:
             work()
         except Exception as error:  # out of memory, scores that are not finite
-            logging.getLogger(__name__).exception("a text could not be written")
+            if not isinstance(error, RunError):
+                logging.getLogger(__name__).exception("a text could not be written")
             for text in texts:
                 if self._drop(text):
                     text.on_error(error)

@@ -1,15 +1,16 @@
 """Requests from outside: who may ask, how much, and how an error is answered."""
 
+import contextlib
 import ipaddress
 import json
 from urllib.parse import urlsplit
 
 import pydantic
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
-MAX_BODY_BYTES = 1 << 20
+MAX_BODY_BYTES = 1 << 18
 
 HEADERS = {
     # The page's own scripts and styles alone: what a model writes can neither run nor load.
@@ -48,7 +49,8 @@ class ApiError(Exception):
 
 async def read_json(request: Request):
     """The body, as long as it is not too large and JSON."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    kind = request.headers.get("content-type", "").partition(";")[0]
+    if kind.strip().lower() != "application/json":
         raise ApiError(415, "send JSON, with content-type: application/json")
     body = bytearray()
     async for chunk in request.stream():
@@ -61,7 +63,7 @@ async def read_json(request: Request):
         raise ApiError(400, f"the body is not JSON: {error}") from None
 
 
-def model_of(kind: type[pydantic.BaseModel], contents):
+def validated(kind: type[pydantic.BaseModel], contents):
     """An object of this kind; raises ApiError that names the first wrong field."""
     try:
         return kind.model_validate(contents)
@@ -99,7 +101,8 @@ class Guard:
             app = ApiError(403, f"Host {host!r} is no name of this server").response()
         elif (origin := headers.get("origin")) not in (None, f"http://{host}"):
             app = ApiError(403, f"a page of {origin!r} may not use this server").response()
-        await app(scope, receive, send_with_headers)
+        with contextlib.suppress(ClientDisconnect):  # before all of its body was there
+            await app(scope, receive, send_with_headers)
 
     def is_known(self, host: str) -> bool:
         try:

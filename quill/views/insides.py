@@ -56,10 +56,10 @@ class Position(NamedTuple):
     lens: torch.Tensor  # (n_layer + 1, V) probabilities of the next token after 0, 1 ... blocks
 
 
-def look_at_last(model: GPT, ids: torch.Tensor) -> Position:
+def look_at_last(model: GPT, ids: torch.Tensor, vocab_size: int) -> Position:
     """ids: (T). The guesses of the first blocks are read off by the head of the last.
 
-    This is the logit lens (nostalgebraist 2020).
+    This is the logit lens (nostalgebraist 2020). vocab_size: without padding tokens.
     """
     rows, states = [], []
 
@@ -82,7 +82,7 @@ def look_at_last(model: GPT, ids: torch.Tensor) -> Position:
         for hook in hooks:
             hook.remove()
     between = model.head(torch.stack(states))  # (n_layer, V)
-    lens = torch.cat((between, logits[0])).float().softmax(dim=-1)
+    lens = torch.cat((between, logits[0]))[:, :vocab_size].float().softmax(dim=-1)
     return Position(torch.stack(rows), lens)
 
 
@@ -94,6 +94,7 @@ class Stage(NamedTuple):
     line: int  # of model.py, where that layer is called
 
 
+@torch.inference_mode()
 def stages(model: GPT, T: int) -> list[Stage]:
     """The outputs of the layers for a text of T tokens; of the blocks, the first."""
     block, found = model.transformer.h[0], []

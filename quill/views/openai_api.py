@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from quill.data import tokenizers
 from quill.views.answers import Answer, Piece, TokenScore
-from quill.views.http import ApiError, model_of, read_json
+from quill.views.http import ApiError, read_json, validated
 from quill.views.openai_requests import ChatRequest, CompletionRequest, TextRequest
 from quill.views.served import Served
 
@@ -104,10 +104,10 @@ class ChatFormat:
 
 async def respond(request: Request, kind: type[TextRequest], new_format) -> Response:
     served: Served = request.app.state.served
-    asked = model_of(kind, await read_json(request))
+    asked = validated(kind, await read_json(request))
     served.check_model(asked.model)
-    served.check_number(len(asked.prompts()), "prompt")
-    served.check_number(asked.n * len(asked.prompts()), "n")
+    served.check_n_texts(len(asked.prompts()), "prompt")
+    served.check_n_texts(asked.n * len(asked.prompts()), "n")
     answer = Answer(served, asked)
     form = new_format(answer)
     head = {"id": f"{form.prefix}-{answer.id}", "created": answer.created, "model": served.name}
@@ -158,7 +158,7 @@ class EventResponse(StreamingResponse):
 
     async def events(self, form, head: dict) -> AsyncIterator[str]:
         options = self.answer.request.stream_options
-        wants_usage = options is not None and options.include_usage
+        wants_usage = options.include_usage
         more = {"usage": None} if wants_usage else {}
         try:
             for choice in form.first_parts():

@@ -1,6 +1,7 @@
 """What may be asked of the endpoints below /v1, as the OpenAI API names it.
 
-`top_k` is an addition, as in other servers. A wrong value is named by pydantic.
+`top_k` is an addition, as in other servers. null is the same as leaving an option out; one that is
+not listed here is refused. A wrong value is named by pydantic.
 """
 
 from typing import Literal
@@ -9,16 +10,26 @@ import pydantic
 from pydantic import Field
 
 MAX_STOPS, MAX_LOGPROBS = 16, 20
+TOKENS = pydantic.AliasChoices("max_completion_tokens", "max_tokens")  # the new name and the old
 
 
-class StreamOptions(pydantic.BaseModel):
+class Fields(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def without_null(cls, contents):
+        if not isinstance(contents, dict):
+            return contents
+        return {name: value for name, value in contents.items() if value is not None}
+
+
+class StreamOptions(Fields):
     include_usage: bool = False
 
 
-class TextRequest(pydantic.BaseModel):
-    """What both kinds of requests have. An option that has no meaning here is refused."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+class TextRequest(Fields):
+    """What both kinds of requests have."""
 
     model: str
     temperature: float = Field(1.0, ge=0, le=100)
@@ -26,18 +37,18 @@ class TextRequest(pydantic.BaseModel):
     top_k: int = Field(0, ge=0)
     n: int = Field(1, ge=1)
     seed: int | None = Field(None, ge=0)
-    stop: str | list[str] | None = None
+    stop: str | list[str] = []
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
+    stream_options: StreamOptions = StreamOptions()
     # Clients send these with the values that change nothing.
-    presence_penalty: float | None = Field(None, ge=0, le=0)
-    frequency_penalty: float | None = Field(None, ge=0, le=0)
-    logit_bias: dict | None = Field(None, max_length=0)
+    user: str = ""
+    presence_penalty: float = Field(0.0, ge=0, le=0)
+    frequency_penalty: float = Field(0.0, ge=0, le=0)
+    logit_bias: dict = Field({}, max_length=0)
 
     @property
     def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [self.stop] if isinstance(self.stop, str) else self.stop
 
     @pydantic.field_validator("stop")
     @classmethod
@@ -49,18 +60,17 @@ class TextRequest(pydantic.BaseModel):
 
 class CompletionRequest(TextRequest):
     prompt: str | list[str] | list[int] | list[list[int]]
-    max_tokens: int | None = Field(16, ge=1)
+    max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    echo: Literal[False] | None = False
-    best_of: int | None = Field(None, ge=1, le=1)
-    suffix: None = None
+    echo: Literal[False] = False
+    best_of: int = Field(1, ge=1, le=1)
 
     @property
     def n_logprobs(self) -> int | None:
         return self.logprobs
 
     @property
-    def n_tokens(self) -> int | None:
+    def n_tokens(self) -> int:
         return self.max_tokens
 
     def prompts(self) -> list[str | list[int]]:
@@ -68,7 +78,7 @@ class CompletionRequest(TextRequest):
         return [self.prompt] if self.prompt and is_one else self.prompt
 
 
-class Message(pydantic.BaseModel):
+class Message(Fields):
     role: Literal["user"]
     content: str
 
@@ -76,18 +86,17 @@ class Message(pydantic.BaseModel):
 class ChatRequest(TextRequest):
     # A run of prompts and completions has seen one message and its answer.
     messages: list[Message] = Field(min_length=1, max_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    max_completion_tokens: int = Field(500, ge=1, validation_alias=TOKENS)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
 
     @property
     def n_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
+        return self.top_logprobs if self.logprobs else None
 
     @property
-    def n_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+    def n_tokens(self) -> int:
+        return self.max_completion_tokens
 
     def prompts(self) -> list[str | list[int]]:
         return [self.messages[0].content]

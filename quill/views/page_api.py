@@ -14,17 +14,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from model import GPT, logits_to_probs
-from quill.data.tokenizers import Tokenizer
+from quill.data.tokenizers import Tokenizer, decode
 from quill.training.models import config_to_dict
 from quill.views import insides
-from quill.views.http import ApiError, model_of, read_json
+from quill.views.http import ApiError, read_json, validated
 from quill.views.served import Served
 
 N_CANDIDATES, N_LENS, N_NEIGHBOURS = 20, 5, 10
 MAX_METRICS_BYTES = 1 << 22  # in an answer; the page asks again for the rest
 
 
-class Ids(pydantic.BaseModel):
+class ReadRequest(pydantic.BaseModel):
     """A text, as it is or in token ids, and how the next token would be drawn."""
 
     model_config = pydantic.ConfigDict(extra="forbid", strict=True)
@@ -39,7 +39,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     return tokenizer.decode_bytes([token]).decode("utf-8", errors="backslashreplace")
 
 
-def named(tokenizer: Tokenizer, tokens: list[int], **columns: list) -> list[dict]:
+def token_dicts(tokenizer: Tokenizer, tokens: list[int], **columns: list) -> list[dict]:
     """A dict for each token, with its text and its value of each column."""
     return [
         {"id": token, "text": token_text(tokenizer, token)}
@@ -53,8 +53,13 @@ def rounded(values: torch.Tensor) -> list:
     return values.double().round(decimals=5).tolist()
 
 
+def check_finite(values: torch.Tensor) -> None:
+    if not values.isfinite().all():
+        raise ApiError(500, "the model's scores are not finite", kind="server_error")
+
+
 @torch.inference_mode()
-def read_text(served: Served, asked: Ids, ids: list[int]) -> dict:
+def read_text(served: Served, asked: ReadRequest, ids: list[int]) -> dict:
     """The surprise at each token, and what may come next.
 
     Surprise is in nats. It is None for the first token that is read, and for those before it: only
@@ -63,6 +68,7 @@ def read_text(served: Served, asked: Ids, ids: list[int]) -> dict:
     window = ids[-served.model.config.block_size :]
     logits, _ = served.model(torch.tensor([window], device=served.device))
     logits = logits[0, :, : served.tokenizer.vocab_size].float()  # (T, V)
+    check_finite(logits)
     log_probs = logits.log_softmax(dim=-1)
     read = torch.tensor(window[1:], device=served.device)
     surprise = -log_probs[:-1].gather(1, read[:, None])[:, 0]
@@ -73,9 +79,10 @@ def read_text(served: Served, asked: Ids, ids: list[int]) -> dict:
     n_unread = len(ids) - len(window)
     surprises = [None] * (n_unread + 1) + rounded(surprise)
     return {
+        "text": decode(served.tokenizer, ids),
         "n_unread": n_unread,
-        "tokens": named(served.tokenizer, ids, surprise=surprises),
-        "next": named(served.tokenizer, tokens.tolist(), **columns),
+        "tokens": token_dicts(served.tokenizer, ids, surprise=surprises),
+        "next": token_dicts(served.tokenizer, tokens.tolist(), **columns),
     }
 
 
@@ -84,28 +91,23 @@ def look_at(served: Served, ids: list[int]) -> dict:
     """How the last of the tokens came about, as far as the window reaches back."""
     window = torch.tensor(ids[-served.model.config.block_size :], device=served.device)
     vocab_size = served.tokenizer.vocab_size
-    seen = insides.look_at_last(served.model, window)
-    probs, tokens = seen.lens[:, :vocab_size].topk(min(N_LENS, vocab_size))
+    seen = insides.look_at_last(served.model, window, vocab_size)
+    check_finite(seen.lens)
+    probs, tokens = seen.lens.topk(min(N_LENS, vocab_size))
     lens = [
-        named(served.tokenizer, row.tolist(), prob=rounded(p))
+        token_dicts(served.tokenizer, row.tolist(), prob=rounded(p))
         for row, p in zip(tokens, probs, strict=True)
     ]
     similar = []
     if vocab_size > 1:
         cosines, nearest = insides.neighbours(served.model, ids[-1:], vocab_size, N_NEIGHBOURS)
         columns = {"cosine": rounded(cosines[0])}
-        similar = named(served.tokenizer, nearest[0].tolist(), **columns)
+        similar = token_dicts(served.tokenizer, nearest[0].tolist(), **columns)
     return {"attention": rounded(seen.attention), "lens": lens, "neighbours": similar}
 
 
 async def about(request: Request) -> Response:
     served: Served = request.app.state.served
-
-    def work():
-        with torch.inference_mode():
-            return insides.stages(served.model, min(16, served.model.config.block_size))
-
-    stages = await in_engine(served, work) if isinstance(served.model, GPT) else []
     return JSONResponse(
         {
             "name": served.name,
@@ -116,21 +118,21 @@ async def about(request: Request) -> Response:
             "is_run": served.run is not None,
             "max_tokens": served.limits.new_tokens,
             "max_texts": served.limits.texts,
-            "stages": [stage._asdict() for stage in stages],
+            "stages": [stage._asdict() for stage in served.stages],
         }
     )
 
 
 async def read(request: Request) -> Response:
     served: Served = request.app.state.served
-    asked = model_of(Ids, await read_json(request))
+    asked = validated(ReadRequest, await read_json(request))
     ids = served.prompt_ids(asked.text)
     return JSONResponse(await in_engine(served, lambda: read_text(served, asked, ids)))
 
 
 async def look(request: Request) -> Response:
     served: Served = request.app.state.served
-    asked = model_of(Ids, await read_json(request))
+    asked = validated(ReadRequest, await read_json(request))
     ids = served.prompt_ids(asked.text)
     if not isinstance(served.model, GPT):
         raise ApiError(400, "only a GPT has attention and layers to look at")
@@ -141,7 +143,7 @@ async def in_engine(served: Served, work):
     return await asyncio.wrap_future(served.engine.call(work))
 
 
-async def metrics(request: Request) -> Response:
+def metrics(request: Request) -> Response:
     """The records of metrics.jsonl from a byte on, and where the next ones begin."""
     served: Served = request.app.state.served
     try:
@@ -150,20 +152,25 @@ async def metrics(request: Request) -> Response:
         raise ApiError(400, "start is no number of bytes", param="start") from None
     path = served.run and served.run / "metrics.jsonl"
     if path is None or not path.is_file():
-        return JSONResponse({"records": [], "next": 0})
+        return JSONResponse({"records": [], "start": 0, "next": 0})
     with path.open("rb") as file:
         size = file.seek(0, 2)
         start = start if 0 <= start <= size else 0  # a new run has begun in the folder
         file.seek(start)
         part = file.read(MAX_METRICS_BYTES)
-    complete = part[: part.rfind(b"\n") + 1]
+    n_complete = part.rfind(b"\n") + 1
+    if not n_complete and len(part) == MAX_METRICS_BYTES:
+        n_complete = len(part)  # of a line that is none; go on behind it
+    complete = part[:n_complete]
     records = [record for line in complete.splitlines() if (record := record_of(line)) is not None]
     return JSONResponse({"records": records, "start": start, "next": start + len(complete)})
 
 
 def record_of(line: bytes) -> dict | None:
+    """None for what is no record, or cannot be sent as JSON."""
     try:
         record = json.loads(line)
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

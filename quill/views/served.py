@@ -6,16 +6,17 @@ from pathlib import Path
 
 import torch
 
+from model import GPT
 from quill.data import tokenizers
 from quill.data.tokenizers import Tokenizer
 from quill.errors import InputError
+from quill.files import split_folders
 from quill.interop.for_sampling import load_for_sampling
 from quill.training.devices import pick_device, pick_dtype
 from quill.views.batching import Batch
 from quill.views.engine import Engine
 from quill.views.http import ApiError
-
-CHAT_TOKENS = 500  # where a chat request sets no limit
+from quill.views.insides import Stage, stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Limits:
     prompt_tokens: int
     new_tokens: int
     seconds: float
-    texts: int  # in a request
+    texts: int  # of a request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Served:
     limits: Limits
     reverses_answers: bool
     is_chat: bool
+    stages: list[Stage]  # none where the model is no GPT
     created: int  # Unix time
 
     @property
@@ -59,16 +61,14 @@ class Served:
             message = f"there is no model {name!r} here, only {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def check_number(self, n: int, param: str) -> None:
+    def check_n_texts(self, n: int, param: str) -> None:
         if not 1 <= n <= self.limits.texts:
             raise ApiError(400, f"a request is for 1 to {self.limits.texts} texts", param=param)
 
-    def max_tokens_of(self, asked: int | None) -> int:
-        n = asked or min(CHAT_TOKENS, self.limits.new_tokens)
+    def check_n_tokens(self, n: int) -> None:
         if n > self.limits.new_tokens:
             message = f"max_tokens is at most {self.limits.new_tokens:,} here"
             raise ApiError(400, message, param="max_tokens")
-        return n
 
     def prompt_ids(self, prompt: str | list[int]) -> list[int]:
         try:
@@ -76,7 +76,7 @@ class Served:
                 ids = tokenizers.encode_prompt(self.tokenizer, prompt).tolist()
             else:
                 ids = prompt
-        except InputError as error:
+        except (InputError, UnicodeEncodeError) as error:  # the latter of half a surrogate pair
             raise ApiError(400, str(error), param="prompt") from None
         if not 1 <= len(ids) <= self.limits.prompt_tokens:
             message = f"a prompt has 1 to {self.limits.prompt_tokens:,} tokens, not {len(ids):,}"
@@ -86,10 +86,6 @@ class Served:
             raise ApiError(400, message, param="prompt")
         return ids
 
-    def deadline(self) -> float:
-        """Of a text that begins now, by time.monotonic()."""
-        return time.monotonic() + self.limits.seconds
-
 
 def load(config) -> Served:
     """The model with its engine, as the options of quill.serve describe it."""
@@ -97,10 +93,11 @@ def load(config) -> Served:
     loaded, tokenizer = load_for_sampling(config)
     model = loaded.build().eval().to(device, pick_dtype(config.dtype, device))
     is_run = config.init_from == "resume"
-    run = Path(config.out_dir) if is_run and "," not in config.out_dir else None
+    folders = split_folders(config.out_dir) if is_run else [Path(config.init_from)]
+    run = folders[0] if is_run and len(folders) == 1 else None
     batch = Batch(model, tokenizer.vocab_size, config.max_texts)
     return Served(
-        name=Path(config.out_dir if is_run else config.init_from).name,
+        name=",".join(folder.resolve().name for folder in folders),
         run=run,
         model=model,
         tokenizer=tokenizer,
@@ -113,6 +110,7 @@ def load(config) -> Served:
         ),
         reverses_answers=loaded.reverses_answers,
         is_chat=run is not None and has_answers(run / "metrics.jsonl"),
+        stages=stages(model, min(16, model.config.block_size)) if isinstance(model, GPT) else [],
         created=int(time.time()),
     )
 

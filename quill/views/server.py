@@ -1,5 +1,6 @@
 """The server: the page, what the page asks, and the OpenAI API, behind one guard."""
 
+import logging
 import socket
 from pathlib import Path
 
@@ -8,11 +9,11 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Mount
+from starlette.responses import FileResponse, Response
+from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from quill.errors import InputError
+from quill.errors import blames_input
 from quill.views import openai_api, page_api
 from quill.views.engine import Busy
 from quill.views.http import ApiError, Guard
@@ -21,17 +22,36 @@ from quill.views.served import Served
 PAGE = Path(__file__).parent / "page"
 
 
-def new_server(served: Served, own_host: str) -> uvicorn.Server:
-    page = Mount("/", StaticFiles(directory=PAGE, html=True))
+class Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, served: Served):
+        super().__init__(config)
+        self.served = served
+
+    async def shutdown(self, sockets=None) -> None:
+        self.served.engine.close()  # ends the texts, so that their answers end
+        await super().shutdown(sockets)
+
+
+def new_server(served: Served, own_host: str) -> Server:
+    page = Mount("/static", StaticFiles(directory=PAGE))
     app = Starlette(
-        routes=[*openai_api.ROUTES, *page_api.ROUTES, page],
+        routes=[Route("/", index), page, *openai_api.ROUTES, *page_api.ROUTES],
         middleware=[Middleware(Guard, own_host=own_host)],
-        exception_handlers={ApiError: refused, Busy: too_many, HTTPException: no_such_page},
+        exception_handlers={
+            ApiError: refused,
+            Busy: too_many,
+            HTTPException: no_such_page,
+            Exception: failed,
+        },
     )
     app.state.served = served
-    config = uvicorn.Config(app, log_level="warning", server_header=False)
-    config.timeout_graceful_shutdown = 1  # seconds, for texts that are still being written
-    return uvicorn.Server(config)
+    # Seconds for a client to read what is left of its answer.
+    options = {"log_level": "error", "server_header": False, "timeout_graceful_shutdown": 1}
+    return Server(uvicorn.Config(app, **options), served)
+
+
+async def index(request: Request) -> Response:
+    return FileResponse(PAGE / "index.html")
 
 
 async def refused(request: Request, error: ApiError) -> Response:
@@ -46,21 +66,27 @@ async def too_many(request: Request, error: Busy) -> Response:
 
 async def no_such_page(request: Request, error: HTTPException) -> Response:
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return ApiError(error.status_code, message).response()
+    response = ApiError(error.status_code, message).response()
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def failed(request: Request, error: Exception) -> Response:
+    """Of a bug, whose traceback is logged."""
+    return ApiError(500, "the server failed", kind="server_error").response()
 
 
 def listen(host: str, port: int) -> socket.socket:
     """Raises InputError where it cannot."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        reason = (error.strerror or str(error)).partition(" (while")[0]
-        raise InputError(f"host={host} port={port}: {reason}; choose another") from None
+    with blames_input(f"host={host} port={port}: choose another", OSError, UnicodeError):
+        kinds = socket.getaddrinfo(host or "no name", port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = kinds[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)
 
 
-def run(server: uvicorn.Server, listener: socket.socket) -> None:
+def run(server: Server, listener: socket.socket) -> None:
     """Until Ctrl-C or SIGTERM."""
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that hang up
     host, port, *_ = listener.getsockname()
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}  (Ctrl-C ends it)", flush=True)
     server.run(sockets=[listener])

@@ -95,6 +95,12 @@ def test_choose_a_token_and_step_back(page, running):
     sync_api.expect(page.locator("#chosen")).to_have_text("the k")
     page.click("#forward")
     sync_api.expect(page.locator("#chosen")).to_have_text(taken)
+    page.locator("#back").evaluate("back => { for (let i = 0; i < 9; i++) back.click(); }")
+    sync_api.expect(page.locator("#chosen")).to_have_text("the k")
+    for shorter in ("the ", "the", "th", "t"):
+        page.click("#back")
+        sync_api.expect(page.locator("#chosen")).to_have_text(shorter)
+    sync_api.expect(page.locator("#back")).to_be_disabled()
 
 
 def test_a_token_shows_the_models_own_attention(page):

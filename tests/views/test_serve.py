@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -14,7 +16,7 @@ import openai
 import pytest
 import requests
 import torch
-from helpers import TINY, command, is_one_error_line
+from helpers import TINY, command, command_line, environment, is_one_error_line
 
 from quill import serve, settings
 from quill.data import tokenizers
@@ -249,10 +251,37 @@ def test_a_text_that_fails_is_an_error_of_the_server(running, caplog):
     running.served.engine.batch.step = fail
     with pytest.raises(openai.InternalServerError, match="out of order"):
         running.client.completions.create(model="out", prompt="the")
-    [*_, error] = running.client.completions.create(model="out", prompt="the", stream=True), None
-    assert "out of order" in caplog.text and error is None
+    with pytest.raises(openai.APIError, match="out of order"):
+        [*running.client.completions.create(model="out", prompt="the", stream=True)]
+    assert caplog.text == "", "it is no bug"
     del running.served.engine.batch.step
     assert running.client.completions.create(model="out", prompt="the").choices[0].text
+
+
+def test_a_long_stop_costs_little(running):
+    stop = "q" * 200_000
+    asked = {"model": "out", "prompt": "the", "max_tokens": 200, "stop": [stop]}
+    assert running.client.completions.create(**asked).usage.completion_tokens == 200
+
+
+def test_calls_and_texts_do_not_keep_each_other_waiting(running):
+    engine, is_over = running.served.engine, threading.Event()
+
+    def call_again():
+        if not is_over.is_set():
+            engine.call(call_again)
+
+    engine.call(call_again)
+    asked = {"model": "out", "prompt": "the", "max_tokens": 50}
+    assert running.client.completions.create(**asked).usage.completion_tokens == 50
+    is_over.set()
+    has_begun, may_end = threading.Event(), threading.Event()
+    calls = [engine.call(lambda: has_begun.set() or may_end.wait(20))]
+    has_begun.wait()
+    calls += [engine.call(lambda: True) for _ in range(3)]  # as many may wait
+    answer = running.post("/page/read", {"text": "the"})
+    may_end.set()
+    assert answer.status_code == 429 and all(call.result(timeout=20) for call in calls)
 
 
 def test_a_text_ends_when_its_time_is_up(tiny, call):
@@ -294,23 +323,39 @@ def test_pages_of_others_may_not_ask(running):
         assert "script-src 'self'" in answer.headers["content-security-policy"]
 
 
-def test_bodies_that_are_none(running):
+def test_bodies_that_are_none(running, caplog):
     good = {"model": "out", "prompt": "the", "max_tokens": 1}
     assert running.post("/v1/completions", good).status_code == 200
     form = running.post("/v1/completions", None, data=json.dumps(good))
     assert form.status_code == 415, "a page can send text/plain to anyone"
     kind = {"content-type": "application/json"}
-    for body in (b"", b"{", b"[" * 10**5, b"\xff", b"7", b"null", b'{"prompt": NaN}'):
+    for body in (
+        b"",
+        b"{",
+        b"[" * 10**5,
+        b'{"model": "out", "prompt": "\\ud800"}',
+        b"\xff",
+        b"7",
+        b"null",
+        b'{"prompt": NaN}',
+    ):
         answer = running.post("/v1/completions", None, data=body, headers=kind)
         assert answer.status_code == 400 and "error" in answer.json(), body[:10]
+    with socket.create_connection(running.host.split(":")) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {running.host}\r\n"
+        head += "Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+        connection.sendall(head.encode())
     big = running.post("/v1/completions", good | {"user": "x" * (1 << 20)})
     assert big.status_code == 413
-    assert running.post("/nowhere", {}).status_code in (404, 405)
+    assert running.post("/nowhere", {}).status_code == 404
+    wrong = requests.get(running.url + "/v1/completions", timeout=9)
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert caplog.text == ""
     assert (
         "not found"
         in requests.get(running.url + "/no", timeout=9).json()["error"]["message"].lower()
     )
-    assert requests.get(running.url + "/%2e%2e/server.py", timeout=9).status_code == 404
+    assert requests.get(running.url + "/static/%2e%2e/server.py", timeout=9).status_code == 404
 
 
 # ---- what the page asks --------------------------------------------------------------------------
@@ -366,6 +411,7 @@ def test_metrics_come_as_they_grow(running):
     assert ask(first["next"]) == {"records": [], "start": first["next"], "next": first["next"]}
     path = Path("out/metrics.jsonl")
     with path.open("ab") as file:
+        file.write(b'{"step": 8, "val_loss": NaN}\n{"step": 8, "sample": "\\ud800"}\n')
         file.write(b'{"step": 9, "val_loss": 1.5}\n[1]\n{{\n{"step": 10')
     more = ask(first["next"])
     assert more["records"] == [{"step": 9, "val_loss": 1.5}]
@@ -396,9 +442,30 @@ def test_what_keeps_the_command_from_starting(tiny, call, monkeypatch):
         port = taken.getsockname()[1]
         done = command("serve", f"--port={port}")
     assert done.returncode == 2 and is_one_error_line(done.stderr)
-    assert f"port={port}: Address already in use" in done.stderr
+    assert f"port={port}: choose another" in done.stderr
     code, _, err = call("serve", "--port=0", "--out_dir=nothing")
     assert code == 2 and "nothing/ckpt.pt is missing" in err
+    for host in ("nowhere.invalid", "ü..b", ""):
+        code, _, err = call("serve", f"--host={host}")
+        assert code == 2 and is_one_error_line(err) and f"host={host}" in err
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     code, _, err = call("serve")
     assert code == 2 and is_one_error_line(err) and "pip install '.[web]'" in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
+def test_a_signal_ends_texts_with_an_error_and_no_traceback(tiny, call, number, code):
+    assert call("train", *TINY)[0] == 0
+    line = command_line("serve", "--port=0", "--max_new_tokens=1000000")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, env=environment(), **pipes) as process:
+        url = process.stdout.readline().split()[0]
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20)
+        asked = {"model": "out", "prompt": "the", "max_tokens": 10**6, "stream": True}
+        with client, pytest.raises(openai.APIError, match="stopping"):
+            for _ in client.completions.create(**asked):
+                process.send_signal(number)
+                number = 0  # once: 0 is no signal
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert err == ("error: interrupted\n" if code == 130 else "")

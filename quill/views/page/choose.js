@@ -9,20 +9,20 @@ export function setUpChoose(cuts) {
   let next = [];
   let asked = 0;
 
-  // from: a text, or token ids
-  async function show(from) {
+  const ids = (tokens) => tokens.map((token) => token.id);
+
+  // from: a text, or the tokens of one; later: what Forward brings back from there. What is shown
+  // changes when the answer is there, and the last click counts.
+  async function show(from, later = []) {
     const number = ++asked;
-    const answer = await read(from, cuts());
-    if (number !== asked) return; // a later click was faster
-    if (typeof from === "string") [text, undone] = [answer.tokens, []];
-    next = answer.next;
-    $("chosen").replaceChildren(...text.map((token) => token.text));
+    const answer = await read(typeof from === "string" ? from : ids(from), cuts());
+    if (number !== asked) return;
+    [text, undone, next] = [answer.tokens, later, answer.next];
+    $("chosen").textContent = answer.text;
     $("back").disabled = text.length < 2;
     $("forward").disabled = undone.length === 0;
     $("candidates").replaceChildren(...next.map(candidate));
   }
-
-  const ids = () => text.map((token) => token.id);
 
   function candidate(token) {
     const percent = (p) => `${(100 * p).toFixed(1)} %`;
@@ -34,26 +34,18 @@ export function setUpChoose(cuts) {
       element("span", { className: "number",
         textContent: `${percent(token.prob)} ${percent(token.drawn)}` }));
     button.dataset.id = token.id;
-    button.addEventListener("click", () => take(token));
+    button.addEventListener("click", () => shown(() => show([...text, token])));
     return element("li", {}, button);
   }
 
-  function take(token) {
-    text.push({ id: token.id, text: token.text });
-    undone = [];
-    shown(() => show(ids()));
-  }
-
   $("back").addEventListener("click", () => {
-    undone.push(text.pop());
-    shown(() => show(ids()));
+    if (text.length > 1) shown(() => show(text.slice(0, -1), [...undone, text.at(-1)]));
   });
   $("forward").addEventListener("click", () => {
-    text.push(undone.pop());
-    shown(() => show(ids()));
+    if (undone.length) shown(() => show([...text, undone.at(-1)], undone.slice(0, -1)));
   });
   $("options").addEventListener("change", () => {
-    if (!$("choose").hidden && text.length) shown(() => show(ids()));
+    if (!$("choose").hidden && text.length) shown(() => show(text, undone));
   });
 
   return (given) => {

@@ -18,7 +18,9 @@ export function setUpSee(model) {
   $("shapes-details").hidden = !model.is_gpt;
 
   async function showText(text) {
+    const number = ++asked;
     const answer = await read(text, {});
+    if (number !== asked) return; // another text or token was asked for since
     ({ tokens, n_unread: nUnread } = answer);
     buttons = tokens.map(tokenButton);
     const breaks = tokens.map((token) => token.text.replace(/[^\n]/g, "")); // after their tokens

@@ -11,29 +11,42 @@ export function setUpTrain(model) {
   let records = [];
   let samples = []; // the records of evaluations that have one
   let timer = null;
+  let isPolling = false;
 
   async function poll() {
+    if (isPolling) return;
+    isPolling = true;
+    try {
+      while (await pollOnce()); // a long file comes in parts
+    } finally {
+      isPolling = false;
+    }
+  }
+
+  // -> whether there may be more
+  async function pollOnce() {
     const answer = await metrics(next);
     if (answer.start === 0 && answer.records.length) records = [];
-    records.push(...answer.records);
+    records = records.concat(answer.records);
     if (answer.records.length) show();
-    const isMore = answer.records.length && answer.next !== next;
+    const isMore = answer.next !== answer.start;
     next = answer.next;
     $("train-state").textContent = state();
-    if (isMore) return poll(); // a long file comes in parts
+    return isMore;
   }
 
   function state() {
     if (!records.length) return model.is_run ? "No line of metrics yet." : "These weights come without a run.";
     const last = records.at(-1);
-    const val = records.findLast((record) => record.val_loss !== undefined);
+    const val = records.findLast((record) => typeof record.val_loss === "number");
     return `Step ${last.step.toLocaleString("en")}` + (val ? `, val loss ${val.val_loss.toFixed(4)} at step ${val.step}` : "");
   }
 
   function show() {
     const slider = $("evaluation");
     const wasLast = Number(slider.value) === samples.length - 1 || !samples.length;
-    samples = records.filter((record) => typeof record.sample === "string");
+    samples = records.filter((record) =>
+      typeof record.sample === "string" && typeof record.val_loss === "number");
     slider.max = Math.max(0, samples.length - 1);
     if (wasLast) slider.value = slider.max;
     $("evaluations").hidden = !samples.length;
@@ -57,9 +70,9 @@ export function setUpTrain(model) {
     const curves = { batch: points("loss"), train: points("train_loss"), val: points("val_loss") };
     const all = Object.values(curves).flat();
     if (!all.length) return;
-    const steps = Math.max(1, ...all.map(([x]) => x));
-    const losses = all.map(([, y]) => y);
-    const [low, high] = [Math.min(...losses), Math.max(...losses) + 1e-9];
+    const steps = all.reduce((most, [x]) => Math.max(most, x), 1);
+    const low = all.reduce((least, [, y]) => Math.min(least, y), Infinity);
+    const high = all.reduce((most, [, y]) => Math.max(most, y), low + 1e-9);
     const x = (value) => LEFT + (value / steps) * (WIDTH - LEFT - RIGHT);
     const y = (value) => TOP + ((high - value) / (high - low)) * (HEIGHT - TOP - BOTTOM);
     const parts = [];

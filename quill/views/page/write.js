@@ -20,7 +20,7 @@ export function setUpWrite(model, cuts, open) {
     toSee.addEventListener("click", () => open("see", text()));
     const footer = element("footer", {}, state, toChoose, toSee);
     $("samples").append(element("article", {}, element("pre", {}, given, written), footer));
-    return { written, state };
+    return { written, state, n: 0 };
   }
 
   async function write() {
@@ -32,19 +32,18 @@ export function setUpWrite(model, cuts, open) {
     const samples = Array.from({ length: request.n }, () => newSample(prompt));
     $("stop").disabled = false;
     const started = performance.now();
-    let n = 0;
     try {
       for await (const choice of complete(request, control.signal)) {
-        n += 1;
-        const { written, state } = samples[choice.index];
-        written.append(choice.text);
-        if (choice.finish_reason) state.textContent = choice.finish_reason;
+        const sample = samples[choice.index];
+        sample.n += 1;
+        sample.written.append(choice.text);
+        if (choice.finish_reason) sample.state.textContent = choice.finish_reason;
       }
     } finally {
-      const rate = Math.round((1000 * n) / (performance.now() - started));
-      for (const { state } of samples) {
+      const seconds = (performance.now() - started) / 1000;
+      for (const { state, n } of samples) {
         if (state.textContent === "…") state.textContent = "stopped";
-        state.textContent += `, ${rate} tokens/s`;
+        state.textContent += `, ${Math.round(n / seconds)} tokens/s`;
       }
       if (running === control) $("stop").disabled = true;
     }
@@ -52,7 +51,7 @@ export function setUpWrite(model, cuts, open) {
 
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    shown(write);
+    if ($("options").reportValidity()) shown(write);
   });
   $("stop").addEventListener("click", () => running?.abort());
   document.addEventListener("keydown", (event) => {
