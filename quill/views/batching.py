@@ -7,6 +7,7 @@ Shapes:  B texts in the batch   T tokens   V vocab_size   nh n_head   hs head si
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ class RowsCache(KVCache):
     def __init__(self, model: GPT, n_rows: int):
         super().__init__(model, n_rows)
         self.lengths = torch.zeros(n_rows, dtype=torch.int64, device=self.k[0].device)
-        self.n_rows = self.longest = 0  # rows in use, the first ones; tokens of the longest
+        self.n_rows = 0  # in use, the first ones
 
     def fill(self, row: int, one) -> None:
         """Take the tokens of `one`, the KVCache of a single text, into a row."""
@@ -74,29 +75,31 @@ class RowsCache(KVCache):
     # ---- what model.GPT asks of a cache ----------------------------------------------------------
 
     def positions(self, T: int):
-        """(B, 1)"""
+        """(B, 1). A forward pass asks for them once, and then each layer for what is made here."""
         assert T == 1, "one token of each row"
-        self.longest = int(self.lengths[: self.n_rows].max()) + 1
-        return self.lengths[: self.n_rows, None]
+        lengths, device = self.lengths[: self.n_rows], self.lengths.device
+        self.longest = int(lengths.max()) + 1
+        self.new = torch.arange(self.n_rows, device=device), slice(None), lengths
+        is_own = torch.arange(self.longest, device=device) <= lengths[:, None]
+        self.scores_mask = torch.zeros(is_own.shape, dtype=self.k[0].dtype, device=device)
+        self.scores_mask.masked_fill_(~is_own, -math.inf)
+        return lengths[:, None]
 
     def append(self, layer: int, k, v):
         """k, v: (B, nh, 1, hs)"""
-        rows = torch.arange(self.n_rows, device=self.lengths.device)
-        at = rows, slice(None), self.lengths[: self.n_rows]
-        self.k[layer][at] = k[:, :, 0]
-        self.v[layer][at] = v[:, :, 0].to(k.dtype)  # as in `attend`
+        self.k[layer][self.new] = k[:, :, 0]
+        self.v[layer][self.new] = v[:, :, 0].to(k.dtype)  # as in `attend`
         used = slice(self.n_rows), slice(None), slice(self.longest)
         return self.k[layer][used], self.v[layer][used]
+
+    def mask(self, T: int):
+        """Added to the scores: each row reads its own tokens, the new one included. (B, 1, 1, n)"""
+        return self.scores_mask[:, None, None]
 
     def before(self, layer: int, h):
         rows = self.newest[layer][: self.n_rows].clone()
         self.newest[layer][: self.n_rows] = h
         return rows
-
-    def mask(self, T: int):
-        """Each row's own tokens, the new one included: (B, 1, 1, longest)."""
-        positions = torch.arange(self.longest, device=self.lengths.device)
-        return (positions <= self.lengths[: self.n_rows, None])[:, None, None]
 
     def advance(self, T: int) -> None:
         self.lengths[: self.n_rows] += T

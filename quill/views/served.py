@@ -90,18 +90,26 @@ class Served:
 def load(config) -> Served:
     """The model with its engine, as the options of quill.serve describe it."""
     device = pick_device(config.device)
-    loaded, tokenizer = load_for_sampling(config)
-    model = loaded.build().eval().to(device, pick_dtype(config.dtype, device))
-    is_run = config.init_from == "resume"
+    loaded = tokenizer = None
+
+    def make_batch() -> Batch:
+        nonlocal loaded, tokenizer
+        loaded, tokenizer = load_for_sampling(config)
+        model = loaded.build().eval().to(device, pick_dtype(config.dtype, device))
+        return Batch(model, tokenizer.vocab_size, config.max_texts)
+
+    engine = Engine(make_batch, config.max_waiting)
+    model = engine.batch.model
+    n_shown = min(16, model.config.block_size)
+    is_gpt, is_run = isinstance(model, GPT), config.init_from == "resume"
     folders = split_folders(config.out_dir) if is_run else [Path(config.init_from)]
     run = folders[0] if is_run and len(folders) == 1 else None
-    batch = Batch(model, tokenizer.vocab_size, config.max_texts)
     return Served(
         name=",".join(folder.resolve().name for folder in folders),
         run=run,
         model=model,
         tokenizer=tokenizer,
-        engine=Engine(batch, config.max_waiting),
+        engine=engine,
         limits=Limits(
             prompt_tokens=config.max_prompt_tokens,
             new_tokens=config.max_new_tokens,
@@ -110,7 +118,7 @@ def load(config) -> Served:
         ),
         reverses_answers=loaded.reverses_answers,
         is_chat=run is not None and has_answers(run / "metrics.jsonl"),
-        stages=stages(model, min(16, model.config.block_size)) if isinstance(model, GPT) else [],
+        stages=engine.call(lambda: stages(model, n_shown)).result() if is_gpt else [],
         created=int(time.time()),
     )
 
