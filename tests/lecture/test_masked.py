@@ -30,7 +30,7 @@ def test_an_encoder_sees_both_sides_and_not_what_is_masked():
 def test_two_characters_on_either_side_of_a_mask_are_seen(offset):
     [places] = [masks.nonzero()[:, 0].tolist() for masks in masked.masks(1, offset)]
     hidden = {*places}
-    assert 9 <= len(places) <= 11
+    assert len(places) in (20, 21)
     for place in places:
         around = {place - 2, place - 1, place + 1, place + 2}
         assert not around & hidden and min(around) >= 0 and max(around) < T
