@@ -124,7 +124,9 @@ def test_an_out_dir_that_a_config_computes_is_one_folder(tiny, call):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_prints_the_resume_command(tiny, number):
     line = [sys.executable, REPO / "train.py", *TINY, "--max_iters=100000", "--log_interval=1"]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options["preexec_fn"] = lambda: signal.signal(number, signal.SIG_DFL)  # also under nohup
+    with subprocess.Popen(line, **options) as run:
         while "step 5/" not in run.stdout.readline():
             pass
         run.send_signal(number)

@@ -48,9 +48,11 @@ export function setUpChoose(cuts) {
     if (!$("choose").hidden && text.length) shown(() => show(text, undone));
   });
 
+  // The text of another tab, or the prompt where that has changed since.
+  let prompt = null;
   return (given) => {
-    if (given !== undefined || !text.length) {
-      shown(() => show(given ?? ($("prompt").value || "\n")));
-    }
+    const isNew = $("prompt").value !== prompt;
+    prompt = $("prompt").value;
+    if (given !== undefined || isNew) shown(() => show(given ?? (prompt || "\n")));
   };
 }

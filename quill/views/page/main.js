@@ -1,7 +1,7 @@
 // The tabs, and what they have in common.
 
 import { about } from "./api.js";
-import { $, numbers, shown } from "./dom.js";
+import { $, numbers, showError, shown } from "./dom.js";
 import { setUpChoose } from "./choose.js";
 import { setUpSee } from "./see.js";
 import { setUpTrain } from "./train.js";
@@ -21,6 +21,7 @@ function open(name, ...given) {
   }
   $("options").hidden = name === "see" || name === "train";
   history.replaceState(null, "", `#${name}`); // to set location.hash would move the focus
+  showError(null);
   views[name]?.(...given);
 }
 
@@ -41,7 +42,7 @@ $("options").addEventListener("submit", (event) => event.preventDefault());
 shown(async () => {
   const model = await about();
   document.title = `Quill: ${model.name}`;
-  const kind = model.model.model === "gpt" ? `${model.model.n_layer} layers of ` +
+  const kind = model.is_gpt ? `${model.model.n_layer} layers of ` +
     `${model.model.n_head} heads, ${model.model.n_embd} wide, context ${model.model.block_size}` :
     model.model.model;
   const size = model.n_parameters.toLocaleString("en");

@@ -120,12 +120,13 @@ export function setUpSee(model) {
     shown(() => showText($("see-text").value));
   });
 
+  // The text of another tab, or the prompt where that has changed since.
+  let prompt = null;
   return (given) => {
-    if (given === undefined) {
-      if (tokens.length) return;
-      given = $("prompt").value || "\n";
-    }
-    $("see-text").value = given;
-    shown(() => showText(given));
+    const isNew = $("prompt").value !== prompt;
+    prompt = $("prompt").value;
+    if (given === undefined && !isNew) return;
+    $("see-text").value = given ?? (prompt || "\n");
+    shown(() => showText($("see-text").value));
   };
 }
