@@ -16,7 +16,7 @@ import functools
 from quill import settings
 from quill.data import tokenizers
 from quill.errors import InputError, blames_input, reader_may_leave, run_command
-from quill.interop.for_sampling import load_for_sampling
+from quill.interop.for_sampling import DATASET, INIT_FROM, OUT_DIR, load_for_sampling
 from quill.sampling import interactive
 from quill.sampling.decoder import Decoder
 from quill.sampling.text import SampleOptions, TextStream, read_prompt, sample_tokens, stream_text
@@ -28,13 +28,9 @@ SEPARATOR = "---------------"
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig(SampleOptions):
-    out_dir: str = option(
-        "out", "the run's folder: its best.pt is used, else its ckpt.pt; a,b,c: the mean of several"
-    )
-    init_from: str = option(
-        "resume", "resume: out_dir's; gpt2, gpt2-medium, gpt2-large, gpt2-xl; or a path to weights"
-    )
-    dataset: str = option("", "take data/<dataset>'s tokenizer, for weights without one")
+    out_dir: str = option(*OUT_DIR)
+    init_from: str = option(*INIT_FROM)
+    dataset: str = option(*DATASET)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: DType = option("auto", "dtype of the weights and of matrix products")
     compile: bool = option(False, "torch.compile the reading of a token: for long texts on a GPU")

@@ -14,6 +14,7 @@ import time
 from quill import settings
 from quill.errors import InputError, run_command
 from quill.interop import ensemble, pretrained
+from quill.interop.for_sampling import INIT_FROM, OUT_DIR
 from quill.settings import DType, option
 from quill.training import checks, devices
 from quill.training.evaluation import evaluate_split
@@ -22,12 +23,8 @@ from quill.training.splits import open_splits
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    out_dir: str = option(
-        "out", "the run's folder: its best.pt is used, else its ckpt.pt; a,b,c: the mean of several"
-    )
-    init_from: str = option(
-        "resume", "resume: out_dir's; gpt2, gpt2-medium, gpt2-large, gpt2-xl; or a path to weights"
-    )
+    out_dir: str = option(*OUT_DIR)
+    init_from: str = option(*INIT_FROM)
     dataset: str = option("", "folder below data/; if empty, the one it was trained on")
     batch_size: int = option(12, "windows at a time", min=1, max=10**6)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")

@@ -13,19 +13,16 @@ import dataclasses
 
 from quill import settings
 from quill.errors import needs_extra, run_command
+from quill.interop.for_sampling import DATASET, INIT_FROM, OUT_DIR
 from quill.settings import DType, option
 from quill.training.devices import out_of_memory_advice
 
 
 @dataclasses.dataclass(frozen=True)
 class ServeConfig:
-    out_dir: str = option(
-        "out", "the run's folder: its best.pt is used, else its ckpt.pt; a,b,c: the mean of several"
-    )
-    init_from: str = option(
-        "resume", "resume: out_dir's; gpt2, gpt2-medium, gpt2-large, gpt2-xl; or a path to weights"
-    )
-    dataset: str = option("", "take data/<dataset>'s tokenizer, for weights without one")
+    out_dir: str = option(*OUT_DIR)
+    init_from: str = option(*INIT_FROM)
+    dataset: str = option(*DATASET)
     host: str = option(
         "127.0.0.1",
         "address to listen on; 0.0.0.0: all, then whoever knows this machine's can use it",

@@ -7,6 +7,17 @@ from quill.files import dataset_folder
 from quill.interop import ensemble, pretrained
 from quill.interop.pretrained import Pretrained
 
+# Defaults and helps of the options that name them.
+OUT_DIR = (
+    "out",
+    "the run's folder: its best.pt is used, else its ckpt.pt; a,b,c: the mean of several",
+)
+INIT_FROM = (
+    "resume",
+    "resume: out_dir's; gpt2, gpt2-medium, gpt2-large, gpt2-xl; or a path to weights",
+)
+DATASET = "", "take data/<dataset>'s tokenizer, for weights without one"
+
 
 def load_for_sampling(config) -> tuple[Pretrained, Tokenizer]:
     """-> the weights, and the tokenizer that they came with, or else that of a dataset.

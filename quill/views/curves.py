@@ -43,7 +43,6 @@ def draw_losses(runs: dict[str, list[dict]]):
 
     Between them, where a run has any, the scores of post-training.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     scores = [
@@ -53,7 +52,7 @@ def draw_losses(runs: dict[str, list[dict]]):
     ratios = (3, 2, 1) if scores else (3, 1)
     above, *between, below = figure.subplots(len(ratios), sharex=True, height_ratios=ratios)
     for i, (name, records) in enumerate(runs.items()):
-        color = colormaps["viridis"](0.8 * i / max(1, len(runs) - 1))  # dark to light, in grey too
+        color = color_of(i, len(runs))
         batch, train = ("batch", "train") if i == 0 else (None, None)  # once in the legend
         if any("train_loss" in record for record in records):  # not in post-training
             thin = {"alpha": 0.35, "linewidth": 0.8}
@@ -79,8 +78,7 @@ def draw_losses(runs: dict[str, list[dict]]):
         between[0].set(ylabel="score")
         between[0].legend()
     for axes in (above, *between, below):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     above.legend()
     return figure
 
@@ -113,22 +111,32 @@ def new_lines(runs: dict[str, list[dict]], x: str, values: list[str]):
 
     Each run is a line with a dot for each evaluation.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 1 + 3 * len(values)), layout="constrained")
     rows = figure.subplots(len(values), sharex=True, squeeze=False)[:, 0]
     for axes, value in zip(rows, values, strict=True):
         for i, (name, records) in enumerate(runs.items()):
-            color = colormaps["viridis"](0.8 * i / max(1, len(runs) - 1))
+            color = color_of(i, len(runs))
             found = [record for record in records if value in record and x in record]
             points = [record[x] for record in found], [record[value] for record in found]
             axes.plot(*points, "-o", color=color, label=name, markersize=4)
         axes.set(ylabel=value.replace("_", " "))
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     rows[0].legend()
     return figure, rows
+
+
+def color_of(i: int, n: int):
+    """Of run i of n: dark to light, in grey too."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.8 * i / max(1, n - 1))
+
+
+def tidy(axes) -> None:
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def columns(records: list[dict], name: str) -> tuple[list, list]:

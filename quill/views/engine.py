@@ -35,7 +35,7 @@ class Engine:
         options = {"name": "model", "daemon": True, "args": (make_batch, made)}
         self.thread = threading.Thread(target=self._run, **options)
         self.thread.start()
-        self.batch: Batch = made.result()
+        made.result()
 
     # ---- called from other threads ---------------------------------------------------------------
 
@@ -73,9 +73,11 @@ class Engine:
     # ---- in the thread ---------------------------------------------------------------------------
 
     def _run(self, make_batch: Callable[[], Batch], made: Future) -> None:
-        fulfil(made, make_batch)
+        def make():
+            self.batch = make_batch()
+
+        fulfil(made, make)
         if made.exception() is None:
-            self.batch = made.result()
             self._write()
 
     def _write(self) -> None:

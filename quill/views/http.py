@@ -6,6 +6,7 @@ import json
 from urllib.parse import urlsplit
 
 import pydantic
+from pydantic import Field
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
@@ -45,6 +46,18 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         headers = {"retry-after": "1"} if self.status == 429 else None
         return JSONResponse(self.contents(), self.status, headers)
+
+
+class Fields(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+
+class CutFields(Fields):
+    """How a token is drawn, see `model.logits_to_probs`."""
+
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
 
 
 async def read_json(request: Request):

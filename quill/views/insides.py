@@ -3,9 +3,11 @@
 Shapes:  T time, in tokens   V vocab_size   nh n_head   hs head size   C n_embd
 """
 
+import contextlib
 import inspect
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,19 +16,35 @@ from torch.nn import functional as F
 from model import GPT, attend, attention_weights
 
 
+@contextlib.contextmanager
+def in_place(hooks: list):
+    """They are removed after the block."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def attention_hooks(model: GPT, record: Callable) -> list:
+    """Each block's attention calls record(q, k), (1, nh, T, hs) each, while the model reads."""
+
+    def call(attention, inputs):
+        x, rotary, _ = inputs
+        record(*attention.queries_keys_values(x, rotary)[:2])
+
+    return [block.attn.register_forward_pre_hook(call) for block in model.transformer.h]
+
+
 def attention_maps(model: GPT, ids: torch.Tensor) -> torch.Tensor:
     """ids (T) -> the attention of each token to each: (n_layer, nh, T, T), whose rows sum to 1."""
     maps = []
 
-    def record(attention, inputs):
-        x, rotary, _ = inputs
-        q, k, _ = attention.queries_keys_values(x, rotary)
+    def record(q, k):
         maps.append(attention_weights(q, k)[0])  # (nh, T, T)
 
-    hooks = [block.attn.register_forward_pre_hook(record) for block in model.transformer.h]
-    model(ids[None])
-    for hook in hooks:
-        hook.remove()
+    with in_place(attention_hooks(model, record)):
+        model(ids[None])
     return torch.stack(maps)
 
 
@@ -63,9 +81,7 @@ def look_at_last(model: GPT, ids: torch.Tensor, vocab_size: int) -> Position:
     """
     rows, states = [], []
 
-    def record_attention(attention, inputs):
-        x, rotary, _ = inputs
-        q, k, _ = attention.queries_keys_values(x, rotary)
+    def record_attention(q, k):
         T = k.size(2)
         identity = torch.eye(T, dtype=k.dtype, device=k.device).expand(*k.shape[:2], T, T)
         rows.append(attend(q[:, :, -1:], k, identity)[0, :, 0])  # weights @ identity, (nh, T)
@@ -73,14 +89,10 @@ def look_at_last(model: GPT, ids: torch.Tensor, vocab_size: int) -> Position:
     def record_state(block, inputs):
         states.append(inputs[0][0, -1])  # (C)
 
-    blocks = model.transformer.h
-    hooks = [block.attn.register_forward_pre_hook(record_attention) for block in blocks]
-    hooks += [block.register_forward_pre_hook(record_state) for block in blocks]
-    try:
+    hooks = attention_hooks(model, record_attention)
+    hooks += [block.register_forward_pre_hook(record_state) for block in model.transformer.h]
+    with in_place(hooks):
         logits, _ = model(ids[None], last_only=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
     between = model.head(torch.stack(states))  # (n_layer, V)
     lens = torch.cat((between, logits[0]))[:, :vocab_size].float().softmax(dim=-1)
     return Position(torch.stack(rows), lens)
@@ -113,12 +125,9 @@ def stages(model: GPT, T: int) -> list[Stage]:
         line = line_of_call(owners[name], name.split(".")[-1])
         return lambda layer, inputs, output: found.append(Stage(name, list(output.shape), line))
 
-    hooks = [layer.register_forward_hook(record(name)) for name, layer in layers.items()]
-    try:
-        model(torch.zeros(1, T, dtype=torch.int64, device=model.lm_head.weight.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    idx = torch.zeros(1, T, dtype=torch.int64, device=model.lm_head.weight.device)
+    with in_place([layer.register_forward_hook(record(name)) for name, layer in layers.items()]):
+        model(idx)
     nh, hs = model.config.n_head, model.config.head_size
     after = [stage.name for stage in found].index("h.0.attn.c_attn") + 1
     heads = {"q, k and v, each": ("queries_keys_values", hs), "attention weights": ("attend", T)}

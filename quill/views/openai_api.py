@@ -32,29 +32,27 @@ class CompletionFormat:
         return ()
 
     def of_part(self, piece: Piece) -> dict:
-        scores = [] if piece.score is None else [piece.score]
-        return self.choice(piece.index, piece.text, scores, piece.finish_reason)
+        return self.of_whole(piece.index, [piece])
 
     def of_whole(self, index: int, pieces: list[Piece]) -> dict:
-        scores = [piece.score for piece in pieces if piece.score is not None]
-        text = "".join(piece.text for piece in pieces)
-        return self.choice(index, text, scores, pieces[-1].finish_reason)
+        logprobs = self.logprobs(index, scores_of(pieces))
+        rest = {"logprobs": logprobs, "finish_reason": pieces[-1].finish_reason}
+        return {"index": index, "text": text_of(pieces), **rest}
 
-    def choice(self, index: int, text: str, scores: list[TokenScore], reason) -> dict:
-        logprobs = None
-        if scores:
-            names = [self.name(score.token) for score in scores]
-            offsets = [self.offsets[index]]
-            for name in names:
-                offsets.append(offsets[-1] + len(name))
-            self.offsets[index] = offsets.pop()
-            logprobs = {
-                "tokens": names,
-                "token_logprobs": [score.logprob for score in scores],
-                "top_logprobs": [{self.name(t): p for t, p in score.top} for score in scores],
-                "text_offset": offsets,
-            }
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+    def logprobs(self, index: int, scores: list[TokenScore]) -> dict | None:
+        if not scores:
+            return None
+        names = [self.name(score.token) for score in scores]
+        offsets = [self.offsets[index]]
+        for name in names:
+            offsets.append(offsets[-1] + len(name))
+        self.offsets[index] = offsets.pop()
+        return {
+            "tokens": names,
+            "token_logprobs": [score.logprob for score in scores],
+            "top_logprobs": [{self.name(t): p for t, p in score.top} for score in scores],
+            "text_offset": offsets,
+        }
 
     def name(self, token: int) -> str:
         return tokenizers.decode(self.tokenizer, [token])
@@ -75,16 +73,15 @@ class ChatFormat:
 
     def of_part(self, piece: Piece) -> dict:
         delta = {"content": piece.text} if piece.text else {}
-        scores = [] if piece.score is None else [piece.score]
-        rest = {"logprobs": self.logprobs(scores), "finish_reason": piece.finish_reason}
-        return {"index": piece.index, "delta": delta, **rest}
+        return {"index": piece.index, "delta": delta, **self.rest([piece])}
 
     def of_whole(self, index: int, pieces: list[Piece]) -> dict:
-        text = "".join(piece.text for piece in pieces)
-        scores = [piece.score for piece in pieces if piece.score is not None]
-        message = {"role": "assistant", "content": text, "refusal": None}
-        rest = {"logprobs": self.logprobs(scores), "finish_reason": pieces[-1].finish_reason}
-        return {"index": index, "message": message, **rest}
+        message = {"role": "assistant", "content": text_of(pieces), "refusal": None}
+        return {"index": index, "message": message, **self.rest(pieces)}
+
+    def rest(self, pieces: list[Piece]) -> dict:
+        logprobs = self.logprobs(scores_of(pieces))
+        return {"logprobs": logprobs, "finish_reason": pieces[-1].finish_reason}
 
     def logprobs(self, scores: list[TokenScore]) -> dict | None:
         if not scores:
@@ -100,6 +97,14 @@ class ChatFormat:
         raw = self.tokenizer.decode_bytes([token])
         text = raw.decode("utf-8", errors="replace")
         return {"token": text, "logprob": logprob, "bytes": list(raw)}
+
+
+def text_of(pieces: list[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def scores_of(pieces: list[Piece]) -> list[TokenScore]:
+    return [piece.score for piece in pieces if piece.score is not None]
 
 
 async def respond(request: Request, kind: type[TextRequest], new_format) -> Response:
@@ -157,8 +162,7 @@ class EventResponse(StreamingResponse):
             self.answer.cancel()
 
     async def events(self, form, head: dict) -> AsyncIterator[str]:
-        options = self.answer.request.stream_options
-        wants_usage = options.include_usage
+        wants_usage = self.answer.request.stream_options.include_usage
         more = {"usage": None} if wants_usage else {}
         try:
             for choice in form.first_parts():

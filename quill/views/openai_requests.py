@@ -9,13 +9,13 @@ from typing import Literal
 import pydantic
 from pydantic import Field
 
+from quill.views.http import CutFields, Fields
+
 MAX_STOPS, MAX_LOGPROBS = 16, 20
 TOKENS = pydantic.AliasChoices("max_completion_tokens", "max_tokens")  # the new name and the old
 
 
-class Fields(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
-
+class NullableFields(Fields):
     @pydantic.model_validator(mode="before")
     @classmethod
     def without_null(cls, contents):
@@ -24,20 +24,17 @@ class Fields(pydantic.BaseModel):
         return {name: value for name, value in contents.items() if value is not None}
 
 
-class StreamOptions(Fields):
+class StreamOptions(NullableFields):
     include_usage: bool = False
 
 
-class TextRequest(Fields):
+class TextRequest(NullableFields, CutFields):
     """What both kinds of requests have."""
 
     model: str
-    temperature: float = Field(1.0, ge=0, le=100)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
     n: int = Field(1, ge=1)
     seed: int | None = Field(None, ge=0)
-    stop: str | list[str] = []
+    stop: str | list[str] = Field([])
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     # Clients send these with the values that change nothing.
@@ -78,7 +75,7 @@ class CompletionRequest(TextRequest):
         return [self.prompt] if self.prompt and is_one else self.prompt
 
 
-class Message(Fields):
+class Message(NullableFields):
     role: Literal["user"]
     content: str
 

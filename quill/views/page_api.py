@@ -6,9 +6,7 @@ All answers are JSON. A token is {"id", "text"}; where its bytes are no text, as
 import asyncio
 import json
 
-import pydantic
 import torch
-from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -17,22 +15,17 @@ from model import GPT, logits_to_probs
 from quill.data.tokenizers import Tokenizer, decode
 from quill.training.models import config_to_dict
 from quill.views import insides
-from quill.views.http import ApiError, read_json, validated
+from quill.views.http import ApiError, CutFields, read_json, validated
 from quill.views.served import Served
 
 N_CANDIDATES, N_LENS, N_NEIGHBOURS = 20, 5, 10
 MAX_METRICS_BYTES = 1 << 22  # in an answer; the page asks again for the rest
 
 
-class ReadRequest(pydantic.BaseModel):
+class ReadRequest(CutFields):
     """A text, as it is or in token ids, and how the next token would be drawn."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
-
     text: str | list[int]
-    temperature: float = Field(1.0, ge=0, le=100)
-    top_k: int = Field(0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:

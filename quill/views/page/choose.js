@@ -1,7 +1,7 @@
 // Choose: the text token by token, and under it what may come next.
 
 import { read } from "./api.js";
-import { $, element, share, shown, visible } from "./dom.js";
+import { $, element, newTexts, share, shown, visible } from "./dom.js";
 
 export function setUpChoose(cuts) {
   let text = []; // {id, text}
@@ -48,11 +48,9 @@ export function setUpChoose(cuts) {
     if (!$("choose").hidden && text.length) shown(() => show(text, undone));
   });
 
-  // The text of another tab, or the prompt where that has changed since.
-  let prompt = null;
+  const newText = newTexts();
   return (given) => {
-    const isNew = $("prompt").value !== prompt;
-    prompt = $("prompt").value;
-    if (given !== undefined || isNew) shown(() => show(given ?? (prompt || "\n")));
+    const text = newText(given);
+    if (text !== null) shown(() => show(text));
   };
 }

@@ -40,6 +40,17 @@ export async function shown(work) {
   }
 }
 
+// -> a function: what a tab should show, which is the text of another tab, or the prompt where that
+// has changed since; null where neither is new.
+export function newTexts() {
+  let prompt = null;
+  return (given) => {
+    const isNew = $("prompt").value !== prompt;
+    prompt = $("prompt").value;
+    return given ?? (isNew ? prompt || "\n" : null);
+  };
+}
+
 // The numbers of a form's fields, by name.
 export const numbers = (form) =>
   Object.fromEntries([...new FormData(form)].map(([name, value]) => [name, Number(value)]));

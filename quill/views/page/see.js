@@ -1,7 +1,7 @@
 // See: the surprise at each token, and how the model came to what follows one.
 
 import { look, read } from "./api.js";
-import { $, element, share, shown, visible } from "./dom.js";
+import { $, element, newTexts, share, shown, visible } from "./dom.js";
 
 const MAX_BITS = 8; // the darkest surprise
 
@@ -120,13 +120,11 @@ export function setUpSee(model) {
     shown(() => showText($("see-text").value));
   });
 
-  // The text of another tab, or the prompt where that has changed since.
-  let prompt = null;
+  const newText = newTexts();
   return (given) => {
-    const isNew = $("prompt").value !== prompt;
-    prompt = $("prompt").value;
-    if (given === undefined && !isNew) return;
-    $("see-text").value = given ?? (prompt || "\n");
+    const text = newText(given);
+    if (text === null) return;
+    $("see-text").value = text;
     shown(() => showText($("see-text").value));
   };
 }
