@@ -1,10 +1,12 @@
 """Completions that a policy writes, as batches that it can be trained on."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from model import KVCache, logits_to_probs, sample
 from quill.data import tokenizers
 from quill.data.dataset import IGNORE_INDEX
 from quill.errors import RunError
@@ -24,6 +26,14 @@ class Batch:
 
     def part(self, rows: torch.Tensor) -> "Batch":
         return Batch(self.ids[rows], self.targets[rows])
+
+    def by_length(self, n_rows: int) -> Iterator[tuple[torch.Tensor, "Batch"]]:
+        """The places of n_rows at a time, shortest first, and these rows without padding."""
+        positions = torch.arange(1, self.targets.size(1) + 1, device=self.targets.device)
+        lengths = torch.where(self.targets != IGNORE_INDEX, positions, 0).amax(dim=1)
+        for rows in lengths.argsort(stable=True).split(n_rows):
+            T = int(lengths[rows].max())
+            yield rows, Batch(self.ids[rows, : T + 1], self.targets[rows, :T])
 
     def split(self, n_rows: int) -> list["Batch"]:
         parts = zip(self.ids.split(n_rows), self.targets.split(n_rows), strict=True)
@@ -63,21 +73,16 @@ def roll_out(
 ) -> Rollouts:
     """Write n_each completions of each prompt, of max_new_tokens at most, within one window.
 
-    The random numbers depend on `seed` and on a prompt's place alone. Prompts of one length are
-    read as one batch. Raises RunError when the scores are not finite.
+    The random numbers depend on `seed` and on a prompt's place alone. Raises RunError when the
+    scores are not finite.
     """
-    completions: list = [None] * (len(prompts) * n_each)
-    for length in sorted({len(prompt) for prompt in prompts}):
-        places = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
-        n_new = min(max_new_tokens, decoder.config.block_size + 1 - length)
-        rngs = [np.random.default_rng([*seed, i]) for i in places]
-        numbers = np.concatenate([rng.random((n_each, n_new), dtype=np.float32) for rng in rngs])
-        batch = np.repeat(np.stack([prompts[i] for i in places]), n_each, axis=0)
-        written = continue_prompts(decoder, batch, numbers, temperature, tokenizer.end_of_text)
-        rows = (i * n_each + j for i in places for j in range(n_each))
-        for row, tokens in zip(rows, written, strict=True):
-            completions[row] = tokens
     repeated = [prompt for prompt in prompts for _ in range(n_each)]
+    n_prompt = np.array([len(prompt) for prompt in repeated])
+    n_new = np.minimum(max_new_tokens, decoder.config.block_size + 1 - n_prompt)
+    shape = (n_each, n_new.max())
+    rngs = (np.random.default_rng([*seed, i]) for i in range(len(prompts)))
+    numbers = np.concatenate([rng.random(shape, dtype=np.float32) for rng in rngs])
+    completions = complete(decoder, repeated, n_new, numbers, temperature, tokenizer.end_of_text)
     batch = pack(repeated, completions, next(decoder.model.parameters()).device)
     is_ended = np.array([tokens[-1] == tokenizer.end_of_text for tokens in completions])
     texts = [
@@ -88,27 +93,52 @@ def roll_out(
     return Rollouts(batch.ids, batch.targets, texts, is_ended, lengths)
 
 
-def continue_prompts(
-    decoder: Decoder, batch: np.ndarray, numbers: np.ndarray, temperature: float, end: int | None
+@torch.inference_mode()
+def complete(
+    decoder: Decoder,
+    prompts: list[np.ndarray],
+    n_new: np.ndarray,
+    numbers: np.ndarray,
+    temperature: float,
+    end: int | None,
 ) -> list[np.ndarray]:
-    """batch (N, T), numbers (N, n) in [0, 1) -> the new tokens of each row, up to its end."""
-    n_new = numbers.shape[1]
-    columns = iter(torch.from_numpy(numbers.T.copy()))  # of N each
-    unused = torch.zeros(len(batch))  # a decoder may ask for more than it uses
+    """N prompts, of n_new (N,) tokens at most, numbers (N, n) in [0, 1) -> the new tokens of each.
 
-    def uniform(n: int) -> torch.Tensor:
-        return torch.stack([next(columns, unused) for _ in range(n)])
-
-    idx = torch.from_numpy(batch.astype(np.int64)).to(next(decoder.model.parameters()).device)
-    steps, is_open = [], np.ones(len(batch), dtype=bool)
-    for tokens in decoder.generate(idx, n_new, temperature=temperature, uniform=uniform):
-        steps.append(np.array(tokens))
-        if steps[-1].max() >= decoder.vocab_size:  # probabilities of NaN
-            raise RunError("the policy's scores are not finite: lower learning_rate")
-        is_open &= steps[-1] != end
-        if not is_open.any():
+    All are read side by side from the first token on; where the shortest prompt already has a new
+    token, a longer one has its own. When a quarter of the batch is complete, it leaves the batch.
+    """
+    begins = np.array([len(prompt) for prompt in prompts])
+    ends = begins + n_new
+    ids = np.zeros((len(prompts), ends.max()), dtype=np.int64)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    device = next(decoder.model.parameters()).device
+    rows, is_open, n_read = np.arange(len(prompts)), np.ones(len(prompts), dtype=bool), 0
+    cache = decoder.new_cache(len(rows))
+    for position in range(begins.min(), ends.max()):
+        kept = np.flatnonzero(is_open[rows])
+        if not len(kept):
             break
-    new = np.stack(steps, axis=1)  # (N, n or fewer), with what follows an end
-    is_end = new == (-1 if end is None else end)
-    n_tokens = np.where(is_end.any(axis=1), is_end.argmax(axis=1) + 1, new.shape[1])
-    return [row[:n] for row, n in zip(new, n_tokens, strict=True)]
+        if 4 * len(kept) < 3 * len(rows):
+            rows = rows[kept]
+            if cache is not None:
+                keep_rows(cache, torch.from_numpy(kept).to(device))
+        unread = torch.from_numpy(ids[rows, n_read:position])
+        logits, _ = decoder(unread.to(device), cache=cache, last_only=True)
+        n_read = 0 if cache is None else position
+        probs = logits_to_probs(logits[:, -1], temperature, top_k=0, top_p=1.0)
+        own = numbers[rows, (position - begins[rows]).clip(0, numbers.shape[1] - 1)]
+        new = sample(probs, torch.from_numpy(own).to(device))[:, 0].cpu().numpy()
+        if new.max() >= decoder.vocab_size:  # probabilities of NaN
+            raise RunError("the policy's scores are not finite: lower learning_rate")
+        is_new = is_open[rows] & (begins[rows] <= position)
+        ids[rows[is_new], position] = new[is_new]
+        ends[rows[is_new & (new == end)]] = position + 1
+        is_open &= position + 1 < ends
+    parts = zip(ids, begins, ends, strict=True)
+    return [row[begin:end] for row, begin, end in parts]
+
+
+def keep_rows(cache: KVCache, rows: torch.Tensor) -> None:
+    for tensors in (cache.k, cache.v, cache.newest):
+        tensors[:] = [tensor[rows] for tensor in tensors]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from quill.data import tokenizers
 from quill.posttraining.loop import Loop, LoopOptions
@@ -77,13 +78,17 @@ class PolicyTask:
 
         of: another function of logits, targets and temperature -> tensors of N rows.
         """
-        parts, temperature = [], self.config.temperature
-        for part in batch.split(self.config.batch_size):
+        places, parts, T = [], [], batch.targets.size(1)
+        for rows, part in batch.by_length(self.config.batch_size):
             with devices.autocast(self.loop.device, self.loop.dtype):
                 logits, _ = model(part.idx)
             logits = logits[..., : self.data.tokenizer.vocab_size]
-            parts.append(of(logits, part.targets, temperature))
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+            values = of(logits, part.targets, self.config.temperature)
+            padding = T - part.targets.size(1)
+            parts.append([F.pad(v, (0, padding)) if v.dim() == 2 else v for v in values])
+            places.append(rows)
+        order = torch.cat(places).argsort()
+        return tuple(torch.cat(column)[order] for column in zip(*parts, strict=True))
 
     @torch.no_grad()
     def evaluate(self) -> dict:

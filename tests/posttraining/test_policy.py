@@ -21,7 +21,7 @@ from quill.posttraining.policy import (
     squared_scores,
     token_log_probs,
 )
-from quill.posttraining.rollouts import pack, roll_out
+from quill.posttraining.rollouts import complete, pack, roll_out
 from quill.sampling.decoder import Decoder
 
 TWO_TOKENS = [*itertools.product((0, 1), repeat=2)]
@@ -122,12 +122,13 @@ def test_the_policy_that_writes_is_the_one_that_is_trained(switches):
 
     prompts = [random_ids(3).numpy()]
     decoder = Watched(model, 11)
-    rollouts = roll_out(decoder, ALPHABET, prompts, 5, 6, 1.0, [0])
+    never_ends = CharTokenizer("abcdefghijk")  # a row that ends could leave the batch
+    rollouts = roll_out(decoder, never_ends, prompts, 5, 6, 1.0, [0])
     with torch.no_grad():
         log_probs, _ = token_log_probs(model(rollouts.idx)[0], rollouts.targets)
-    assert rollouts.lengths.max() > 1
-    for row, length in enumerate(rollouts.lengths):
-        for t in range(length):
+    assert rollouts.lengths.tolist() == [6] * 5
+    for row in range(5):
+        for t in range(6):
             token = rollouts.targets[row, 2 + t]
             assert seen[t][row, token].item() == pytest.approx(
                 log_probs[row, 2 + t].item(), abs=1e-5
@@ -141,6 +142,22 @@ def test_rollouts_depend_on_their_seed_and_place_alone():
     alone = roll_out(decoder, ALPHABET, prompts[:1], 3, 5, 1.0, [1, 7])
     other = roll_out(decoder, ALPHABET, prompts, 3, 5, 1.0, [1, 8])
     assert first.texts[:3] == alone.texts and len(first.texts) == 9 and first.texts != other.texts
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.integers(1, 9), st.integers(0, 99))
+def test_prompts_side_by_side_are_completed_as_each_alone(n_prompt, max_new_tokens, seed):
+    """Whatever their lengths, and however early the others end."""
+    model = tiny_model({"position": "rotary", "token_shift": True}, block_size=8)
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, 11, n) for n in n_prompt]
+    n_new = np.minimum(max_new_tokens, 9 - np.array(n_prompt))
+    numbers = rng.random((len(prompts), n_new.max()), dtype=np.float32)
+    decoder = Decoder(model, 11)
+    together = complete(decoder, prompts, n_new, numbers, 1.0, 10)
+    for i, tokens in enumerate(together):
+        alone = complete(decoder, prompts[i : i + 1], n_new[i : i + 1], numbers[i : i + 1], 1.0, 10)
+        assert tokens.tolist() == alone[0].tolist()
+        assert len(tokens) == n_new[i] or tokens[-1] == 10
 
 
 def test_a_completion_ends_with_its_end_or_with_the_window():
@@ -163,3 +180,17 @@ def test_packed_rows_are_padded_at_their_ends():
     rows = pack([np.array([1, 2]), np.array([3])], [np.array([4]), np.array([5, 6, 7])], "cpu")
     assert rows.ids.tolist() == [[1, 2, 4, 0], [3, 5, 6, 7]]
     assert rows.targets.tolist() == [[-1, 4, -1], [5, 6, 7]]
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=9), st.integers(1, 4))
+def test_rows_by_length_are_all_rows_without_their_padding(lengths, n_rows):
+    prompts = [np.array([3]) for _ in lengths]
+    batch = pack(prompts, [np.arange(1, n + 1) for n in lengths], "cpu")
+    seen = []
+    for rows, part in batch.by_length(n_rows):
+        T = max(lengths[row] for row in rows)
+        assert part.ids.equal(batch.ids[rows, : T + 1]) and part.idx.shape == part.targets.shape
+        assert part.targets.equal(batch.targets[rows, :T]) and len(rows) <= n_rows
+        seen += rows.tolist()
+    assert sorted(seen) == [*range(len(lengths))]
+    assert [lengths[row] for row in seen] == sorted(lengths)
