@@ -79,7 +79,7 @@ def roll_out(
     repeated = [prompt for prompt in prompts for _ in range(n_each)]
     n_prompt = np.array([len(prompt) for prompt in repeated])
     n_new = np.minimum(max_new_tokens, decoder.config.block_size + 1 - n_prompt)
-    shape = (n_each, n_new.max())
+    shape = (n_each, min(max_new_tokens, decoder.config.block_size))
     rngs = (np.random.default_rng([*seed, i]) for i in range(len(prompts)))
     numbers = np.concatenate([rng.random(shape, dtype=np.float32) for rng in rngs])
     completions = complete(decoder, repeated, n_new, numbers, temperature, tokenizer.end_of_text)
