@@ -49,13 +49,19 @@ class Rollouts(Batch):
     lengths: np.ndarray  # (N,) tokens of the completion, its end included
 
 
+def padded(rows: list[np.ndarray], width: int = 0) -> np.ndarray:
+    """N arrays of token ids -> (N, width), or as wide as the longest; zeros at the end."""
+    ids = np.zeros((len(rows), max(width, *map(len, rows))), dtype=np.int64)
+    for own, row in zip(ids, rows, strict=True):
+        own[: len(row)] = row
+    return ids
+
+
 def pack(prompts: list, completions: list, device: torch.device) -> Batch:
     """N arrays of token ids each."""
     n_prompt = np.array([len(prompt) for prompt in prompts])[:, None]
     n_filled = n_prompt + np.array([len(tokens) for tokens in completions])[:, None]
-    ids = np.zeros((len(prompts), n_filled.max()), dtype=np.int64)
-    for row, prompt, tokens in zip(ids, prompts, completions, strict=True):
-        row[: len(prompt) + len(tokens)] = np.concatenate((prompt, tokens))
+    ids = padded([np.concatenate(pair) for pair in zip(prompts, completions, strict=True)])
     positions = np.arange(ids.shape[1])
     is_completion = (n_prompt <= positions) & (positions < n_filled)
     targets = np.where(is_completion, ids, IGNORE_INDEX)[:, 1:].copy()
@@ -109,9 +115,7 @@ def complete(
     """
     begins = np.array([len(prompt) for prompt in prompts])
     ends = begins + n_new
-    ids = np.zeros((len(prompts), ends.max()), dtype=np.int64)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[: len(prompt)] = prompt
+    ids = padded(prompts, ends.max())
     device = next(decoder.model.parameters()).device
     rows, is_open, n_read = np.arange(len(prompts)), np.ones(len(prompts), dtype=bool), 0
     cache = decoder.new_cache(len(rows))
