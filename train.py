@@ -83,7 +83,7 @@ class TrainConfig(OptimizerOptions, ModelOptions):
     gradient_accumulation_steps: int = option(40, "micro-steps in a step", min=1, max=10**6)
     # model
     model: Literal["gpt", "bigram"] = option("gpt", "bigram: the baseline, only the last token")
-    lora_rank: int = option(0, "train adapters of this rank alone; 0: all weights", min=0)
+    lora_rank: int = option(0, "train adapters of this rank alone; 0: all", min=0, max=10**5)
     vocab_multiple: int = option(1, "round the model's vocabulary up to it", min=1, max=10**6)
     # machine
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")

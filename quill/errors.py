@@ -5,6 +5,7 @@ import errno
 import os
 import signal
 import sys
+import traceback
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 
@@ -112,6 +113,26 @@ def blames_input(what: str, *kinds: type[Exception]):
         yield
     except kinds as error:
         raise InputError(f"{what}: {error}") from None
+
+
+@contextlib.contextmanager
+def blames_program(path: str, what: str):
+    """In the block, whatever the user's Python file at `path` raises is an InputError, with `what`
+    and the last line of the file that it went through.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a program may raise anything
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        reason = traceback.format_exception_only(error)[-1]
+        if isinstance(error, OSError) and not lines:  # of the file itself
+            reason = error.strerror
+        if isinstance(error, SyntaxError) and error.lineno and not lines:
+            lines = [error.lineno]
+        where = f", line {lines[-1]}" if lines else ""
+        raise InputError(f"{what}{where}: {reason}") from None
 
 
 @contextlib.contextmanager

@@ -45,6 +45,12 @@ def refuse_special_files(*paths: Path) -> None:
             )
 
 
+def refuse_to_replace(path: Path) -> None:
+    """Raise InputError where there is a file already, which nobody asked to replace."""
+    if path.is_file():
+        raise InputError(f"{path} exists already: give another name, or remove it")
+
+
 @contextlib.contextmanager
 def atomic_write(*paths: Path, keep: Path | None = None, verify=None):
     """Yield one writable binary file for each path.
@@ -95,6 +101,8 @@ def atomic_write(*paths: Path, keep: Path | None = None, verify=None):
 
 
 def _temporary(path: Path) -> Path:
+    if not path.name:
+        raise InputError(f"{path} is a folder: give the name of a file")
     return path.with_name(path.name + ".tmp")
 
 

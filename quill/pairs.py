@@ -15,7 +15,7 @@ from pathlib import Path
 from quill import settings
 from quill.data import tokenizers
 from quill.errors import InputError, run_command
-from quill.files import atomic_write, show_progress
+from quill.files import atomic_write, refuse_to_replace, show_progress
 from quill.interop import pretrained
 from quill.posttraining.prompts import prompts_of
 from quill.posttraining.rewards import FileReward
@@ -46,6 +46,7 @@ def main(argv: list[str]) -> int:
     config = settings.load(PairsConfig, argv, usage=__doc__, positional="judge")
     if not config.judge or not config.start_from:
         raise InputError("give a judge, a .py file, and --start_from=DIR, the folder of a run")
+    refuse_to_replace(Path(config.to))
     judge, device = FileReward(Path(config.judge)), devices.pick_device(config.device)
     loaded = pretrained.load(config.start_from)
     dataset = config.dataset or loaded.dataset or ""
@@ -54,7 +55,8 @@ def main(argv: list[str]) -> int:
     prompts = prompts_of(data.train, config.prompt_tokens)
     decoder = Decoder(loaded.build().eval().to(device), data.tokenizer.vocab_size)
     n_written = n_equal = step = 0
-    with atomic_write(Path(config.to)) as (file,):
+    advice = devices.out_of_memory_advice("lower batch_size")
+    with advice, atomic_write(Path(config.to)) as (file,):
         while n_written < config.n_pairs:
             for line in judged(config, step, prompts, decoder, data.tokenizer, judge):
                 if line is None:

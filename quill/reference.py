@@ -12,7 +12,7 @@ from statistics import fmean
 
 from quill import settings
 from quill.errors import InputError, run_command
-from quill.files import atomic_write, split_folders
+from quill.files import atomic_write, refuse_to_replace, split_folders
 from quill.settings import option
 from quill.training import checkpoint, reference, run_folder
 from quill.views import curves
@@ -28,6 +28,7 @@ def main(argv: list[str]) -> int:
     config = settings.load(ReferenceConfig, argv, usage=__doc__, positional="dest")
     if not config.dest:
         raise InputError("DEST, the file to write, is missing (--help says more)")
+    refuse_to_replace(Path(config.dest))
     folders = split_folders(config.out_dir)
     header = header_of(folders)
     curve_of = [dict(zip(*read_curve(folder), strict=True)) for folder in folders]

@@ -20,6 +20,7 @@ import torch
 
 from quill.data.dataset import IGNORE_INDEX
 from quill.errors import InputError, run_command
+from quill.interop.start import lies_in
 from quill.posttraining import reward_model
 from quill.posttraining.loop import Loop, run_task
 from quill.posttraining.policy import (
@@ -48,10 +49,10 @@ class RLConfig(PolicyOptions):
     )
     prompts_per_step: int = option(64, "prompts in a step", min=1, max=10**6)
     completions: int = option(8, "of each prompt", min=2, max=10**6)
-    screened: int = option(1, "times as many prompts are asked once, the worst are taken", min=1)
+    screened: int = option(1, "times the prompts, asked once: the worst stay", min=1, max=10**6)
     updates: int = option(1, "optimizer updates of a step, each with a part of it", min=1)
     clip_low: float = option(0.2, "a token's probability may fall by this fraction", min=0, max=1)
-    clip_high: float = option(0.28, "or grow by this one, before its gradient is cut off", min=0)
+    clip_high: float = option(0.28, "or grow by this one; its gradient then ends", min=0, max=1e9)
     kl_weight: float = option(0.0, "of the divergence from start_from, in the loss", min=0)
     scale_advantages: bool = option(True, "divide rewards by their group's standard deviation")
     baseline: Literal["mean", "optimal"] = option(
@@ -79,6 +80,8 @@ class RLTask(PolicyTask):
             return AnswerReward(self.data.reverses_answers)
         if path.suffix == ".py":
             return FileReward(path)
+        if lies_in(name, self.config.out_dir):
+            raise InputError(f"out_dir={name} is the reward model's: choose another folder")
         model, tokenizer = reward_model.load(path)
         if tokenizer.to_json() != self.data.tokenizer.to_json():
             raise InputError(f"reward={name} has another tokenizer than {self.config.dataset!r}")

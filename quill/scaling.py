@@ -24,8 +24,8 @@ import torch
 from model import GPT, GPTConfig
 from quill import settings
 from quill.data import dataset_files
-from quill.errors import InputError, RunError, needs_extra, run_command
-from quill.files import atomic_write, dataset_folder, file_lock
+from quill.errors import InputError, RunError, blames_input, needs_extra, run_command
+from quill.files import atomic_write, dataset_folder, file_lock, open_file
 from quill.settings import option
 from quill.views import curves, scaling
 from quill.views.scaling import Run
@@ -92,8 +92,7 @@ def main(argv: list[str]) -> int:
             figure.savefig(file, format="png", dpi=150)
         plan, predicted = study.predict(law, others, factors)
         [run] = study.make_all([plan])
-        low, high = predicted["interval"]
-        print(f"predicted {predicted['val_loss']:.4f} ({low:.4f} to {high:.4f}) for {plan.name}")
+        print(f"predicted {predicted} for {plan.name}")
         print(f"reached {run.val_loss:.4f}")
     return 0
 
@@ -133,7 +132,7 @@ class Study:
         n_steps = max(1, round(budget / flops_per_step))
         return Plan(size, budget, factor, seed, model.n_parameters(), n_steps)
 
-    def predict(self, law, others, factors) -> tuple[Plan, dict]:
+    def predict(self, law, others, factors) -> tuple[Plan, str]:
         """What the best size reaches with a larger budget; what was once written down stays."""
         sizes = (*SIZES, *LARGER_SIZES)
         factors = factors | dict.fromkeys(LARGER_SIZES, factors[SIZES[-1]])
@@ -146,10 +145,17 @@ class Study:
             content["interval"] = scaling.interval(losses[1:])
             with atomic_write(path) as (file,):
                 file.write(json.dumps(content).encode())
-        predicted = json.loads(path.read_text())
-        if predicted["run"] != plan.name:
-            raise InputError(f"{path} is of {predicted['run']}, not of {plan.name}: remove it")
-        return plan, predicted
+        kinds = ValueError, KeyError, TypeError
+        with (
+            blames_input(f"{path} holds no prediction, remove it", *kinds),
+            open_file(path) as file,
+        ):
+            predicted = json.load(file)
+            run, loss = predicted["run"], float(predicted["val_loss"])
+            low, high = map(float, predicted["interval"])
+        if run != plan.name:
+            raise InputError(f"{path} is of {run}, not of {plan.name}: remove it")
+        return plan, f"{loss:.4f} ({low:.4f} to {high:.4f})"
 
     def make_all(self, plans: list[Plan]) -> list[Run]:
         """Those that are not finished are made, a few at a time."""

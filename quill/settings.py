@@ -14,13 +14,12 @@ import math
 import re
 import runpy
 import sys
-import traceback
 import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
 
-from quill.errors import InputError, reader_may_leave
+from quill.errors import InputError, blames_program, reader_may_leave
 
 DType = typing.Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -120,19 +119,8 @@ def _read_config_file(path: str) -> dict:
         raise InputError(f"{path}: options start with two dashes")
     if Path(path).exists() and not Path(path).is_file():
         raise InputError(f"{path} is a folder or pipe, no config file; options are --NAME=VALUE")
-    try:
+    with blames_program(path, f"config file {path}"):
         names = runpy.run_path(path)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a program may raise anything
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        what = traceback.format_exception_only(error)[-1]
-        if isinstance(error, OSError) and not lines:  # of the file itself
-            what = error.strerror
-        if isinstance(error, SyntaxError) and error.lineno and not lines:
-            lines = [error.lineno]
-        where = f", line {lines[-1]}" if lines else ""
-        raise InputError(f"config file {path}{where}: {what}") from None
     tools = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     return {
         name: value

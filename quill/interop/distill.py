@@ -5,7 +5,9 @@ import torch
 from model import cross_entropy
 from quill.data.dataset import IGNORE_INDEX
 from quill.errors import InputError
+from quill.files import split_folders
 from quill.interop import ensemble
+from quill.interop.start import lies_in
 from quill.training import checks
 from quill.training.splits import Splits
 
@@ -19,6 +21,10 @@ class Teacher:
         Raises InputError for a teacher that cannot read the run's windows.
         """
         self.weight, self.vocab_size = weight, data.tokenizer.vocab_size
+        if any(lies_in(str(folder), config.out_dir) for folder in split_folders(names)):
+            raise InputError(
+                f"out_dir={config.out_dir} is a teacher's (distill_from): choose another folder"
+            )
         loaded = ensemble.from_folders(names)
         checks.check_tokenizer(config.dataset, data, loaded, names)
         self.model = loaded.build().eval().to(device)

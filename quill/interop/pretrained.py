@@ -143,6 +143,7 @@ def from_run(path: Path) -> Pretrained:
     spec = contents["tokenizer"]
     tokenizer = from_json(spec, str(path))
     dataset = contents["config"].get("dataset")
+    dataset = dataset if isinstance(dataset, str) else None
     return Pretrained(config, weights, tokenizer, reverses_answers(spec), dataset)
 
 

@@ -11,13 +11,16 @@ from quill.files import dataset_folder
 from quill.interop import pretrained
 from quill.training import checkpoint, devices, distributed, run_folder
 
+TRAIN = "train.py"  # made the checkpoints that do not say what did
 
-def find_start(config, argv: list[str], usage: str) -> tuple:
+
+def find_start(config, argv: list[str], usage: str, command: str = TRAIN) -> tuple:
     """-> (config, checkpoint to resume or None, weights to start from or None).
 
     config: the options of the command line, a train.TrainConfig. What argv leaves open is then as
     the checkpoint had it, or as the weights need it, and all processes have rank 0's values. From
-    here on they can exchange tensors. Raises InputError for what cannot be loaded.
+    here on they can exchange tensors. Raises InputError for what cannot be loaded, and for a
+    checkpoint of another command.
     """
     out_dir, is_main = Path(config.out_dir), distributed.is_main()
     saved = start = base = None
@@ -31,6 +34,7 @@ def find_start(config, argv: list[str], usage: str) -> tuple:
         can_resume = run_folder.can_resume(out_dir)
         if config.init_from == "resume" or (config.init_from == "auto" and can_resume):
             saved = checkpoint.load_latest(out_dir, may_move=writes, is_quiet=not is_main)
+            check_command(saved, command, out_dir)
             base = saved["config"]
         elif writes and config.init_from != "auto" and not config.overwrite:
             run_folder.refuse_to_overwrite(out_dir)
@@ -67,6 +71,16 @@ def _load_start(config, argv: list[str], usage: str) -> pretrained.Pretrained | 
     if source in pretrained.RELEASES:  # refuse a missing dataset before downloading gigabytes
         dataset_files.read(dataset_folder(config.dataset))
     return pretrained.load(source)
+
+
+def check_command(saved: dict, command: str, out_dir: Path) -> None:
+    """Raises InputError for a checkpoint of another command, as only that one can resume it."""
+    made_by = saved.get("command", TRAIN)
+    if made_by != command:
+        raise InputError(
+            f"{out_dir} is a run of another command: resume it with `python {made_by} "
+            f"--out_dir={out_dir} --init_from=resume`, or choose another folder"
+        )
 
 
 def lies_in(source: str, out_dir: str) -> bool:

@@ -15,10 +15,12 @@ What a step draws depends on (seed, step) alone, so that a resume needs no rando
 import contextlib
 import dataclasses
 import math
+import os
 import shlex
 import signal
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -30,7 +32,7 @@ from quill.interop import pretrained
 from quill.interop.pretrained import Pretrained
 from quill.interop.start import find_start, lies_in
 from quill.settings import DType, option, options_of
-from quill.training import checkpoint, checks, devices, distributed, run_folder, state_dict
+from quill.training import checkpoint, checks, devices, run_folder, state_dict
 from quill.training.checkpoint import Progress
 from quill.training.ema import EMA
 from quill.training.log import Logger, evaluation_text, print_line
@@ -58,7 +60,9 @@ class LoopOptions(UpdateOptions):
     start_from: str = option("", "folder of the run, or other weights, to start from")
     out_dir: str = option("out-post", "folder for the checkpoint and metrics")
     dataset: str = option("", "folder below data/; if empty, the one it was trained on")
-    init_from: str = option("scratch", "scratch: from start_from; resume: from ckpt.pt; auto")
+    init_from: Literal["scratch", "resume", "auto"] = option(
+        "scratch", "scratch: from start_from; resume: from ckpt.pt; auto: resume if there is one"
+    )
     overwrite: bool = option(False, "start anew in a folder that has a run; moves it to previous-N")
     eval_interval: int = option(50, "steps between evaluations", min=1)
     eval_only: bool = option(False, "evaluate once, print and stop; writes nothing")
@@ -189,6 +193,7 @@ class Loop:
         contents = state_dict.weights_and_config(self, self.task.model_config)
         contents |= state_dict.training_state(self.optimizers, self.ema, self.scaler)
         contents["progress"] = dataclasses.asdict(self.progress)
+        contents["command"] = module_of(self.task)
         self.saver.wait()
         self.log.sync()
         self.saver.start(contents)
@@ -198,7 +203,7 @@ class LoopLogger(Logger):
     """Prints whatever a task reports."""
 
     def __init__(self, loop: Loop):
-        self.command = loop.task.command
+        self.module = module_of(loop.task)
         super().__init__(loop)
 
     def summary(self, loop: Loop) -> str:
@@ -222,22 +227,27 @@ class LoopLogger(Logger):
 
     def stopped(self, progress: Progress, signal_number: int) -> None:
         name, folder = signal.Signals(signal_number).name, shlex.quote(str(self.out_dir))
-        command = f"python -m quill.{self.command} --out_dir={folder} --init_from=resume"
+        command = f"python {self.module} --out_dir={folder} --init_from=resume"
         print_line(f"{name}: saved after step {progress.step}; resume with: {command}")
 
 
 def run_task(options: type[LoopOptions], argv: list[str], usage: str, make_task) -> int:
     """Make or continue the run that the command line describes; -> exit code."""
-    if distributed.world_size() > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError("this command runs in one process, without torchrun")
     config = settings.load(options, argv, usage=usage)
     folder = run_folder.path_of(config.out_dir)
     with contextlib.nullcontext() if config.eval_only else file_lock(folder):
-        config, saved, _ = find_start(config, argv, usage)
+        config, saved, _ = find_start(config, argv, usage, module_of(make_task))
         start = load_start(config)
         config = dataclasses.replace(config, dataset=config.dataset or start.dataset or "")
         with devices.out_of_memory_advice("lower the number of completions in a step"):
             return Loop(config, saved, start, make_task).run()
+
+
+def module_of(task) -> str:
+    """How Python is called to run a task, or a class of tasks."""
+    return f"-m quill.{task.command}"
 
 
 def load_start(config: LoopOptions) -> Pretrained:

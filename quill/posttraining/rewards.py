@@ -1,18 +1,18 @@
 """How good a completion is: the dataset's own answers, a rule in a file, or a reward model."""
 
-import math
 import numbers
 import runpy
-import traceback
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from quill.data.problems import plain_answer
-from quill.errors import InputError
+from quill.errors import InputError, blames_program
 from quill.posttraining.reward_model import RewardModel
 from quill.posttraining.rollouts import Rollouts
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 class AnswerReward:
@@ -33,34 +33,27 @@ class FileReward:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is a folder or pipe, no reward file")
+        with blames_program(str(path), f"reward file {path}"):
             self.function = runpy.run_path(str(path)).get("reward")
-        except Exception as error:  # a program may raise anything
-            raise InputError(f"reward file {path}: {describe(error, path)}") from None
         if not callable(self.function):
             raise InputError(f"reward file {path} defines no function reward(prompt, completion)")
 
     def of(self, prompt: str, completion: str) -> float:
-        try:
+        with blames_program(
+            str(self.path), f"{self.path}: reward({prompt[-40:]!r}, {completion[:40]!r})"
+        ):
             value = self.function(prompt, completion)
-        except Exception as error:
-            where = f"reward({prompt[-40:]!r}, {completion[:40]!r})"
-            raise InputError(f"{self.path}: {where}: {describe(error, self.path)}") from None
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise InputError(f"{self.path}: reward returned {str(value)[:40]!r}, not a number")
+            is_number = isinstance(value, numbers.Real) and abs(value) <= LARGEST
+            shown = repr(value)[:40]
+        if not is_number:
+            raise InputError(f"{self.path}: reward returned {shown}, no number that float32 holds")
         return float(value)
 
     def __call__(self, prompts: list[str], answers: list[str], rollouts: Rollouts) -> np.ndarray:
         pairs = zip(prompts, rollouts.texts, strict=True)
         return np.array([self.of(*pair) for pair in pairs], dtype=np.float32)
-
-
-def describe(error: Exception, path: Path) -> str:
-    """The error, with the last line of the file that it went through."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-    where = f"line {lines[-1]}: " if lines else ""
-    return where + traceback.format_exception_only(error)[-1].strip()
 
 
 class ModelReward:

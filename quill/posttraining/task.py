@@ -24,12 +24,12 @@ VAL_PROMPTS = 10**9  # a step that no training reaches, for the random numbers o
 
 @dataclasses.dataclass(frozen=True)
 class PolicyOptions(LoopOptions):
-    lora_rank: int = option(0, "train adapters of this rank alone; 0: all weights", min=0)
+    lora_rank: int = option(0, "train adapters of this rank alone; 0: all", min=0, max=10**5)
     judge: str = option("", "a .py file with reward(prompt, completion), to evaluate with")
     prompt_tokens: int = option(16, "of a prompt, where the dataset is a text", min=1)
     max_new_tokens: int = option(256, "in a completion, at most", min=1)
     temperature: float = option(1.0, "of the completions and of the policy", min=1e-3)
-    val_prompts: int = option(200, "held out, for the completions of an evaluation", min=1)
+    val_prompts: int = option(200, "held out, for an evaluation's completions", min=1, max=10**6)
     batch_size: int = option(256, "windows or completions that a model reads at a time", min=1)
 
 

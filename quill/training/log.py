@@ -83,7 +83,8 @@ class Logger:
         to_go = self.smooth_ms_per_step / 1000 * (self.max_iters - record["step"])
         text = f", {ms:.1f} ms/step, {record['tokens_per_s']:,.0f} tokens/s"
         text += f", mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
-        text += f", {datetime.timedelta(seconds=round(to_go))} to go"
+        seconds = min(round(to_go), 10**13)  # no timedelta is longer
+        text += f", {datetime.timedelta(seconds=seconds)} to go"
         if self.warns_if_slow and to_go > SLOW_RUN_SECONDS:
             text += f"\nthis will take about {to_go / 3600:.0f} h on this machine; "
             text += "config/shakespeare_char_cpu.py is a model for one without a GPU"

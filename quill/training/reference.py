@@ -8,6 +8,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from quill.errors import blames_input
 from quill.files import open_file
 
 FOLDER = Path(__file__).parents[2] / "docs" / "reference"
@@ -20,6 +21,7 @@ FREE = {
 }
 STARTS = ("scratch", "auto", "resume")
 # A new run lies in three seeds' range only half of the time.
+NO_CURVE = (ValueError, KeyError, TypeError)  # raised by what another program wrote
 N_RANGES = 1.5  # to both sides of the mean
 LEAST = 0.01
 
@@ -36,11 +38,11 @@ def find(config, text_sha256: str) -> dict[int, tuple[float, float]]:
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     own = options_that_count(dataclasses.asdict(config))
     for path in sorted(FOLDER.glob("*.jsonl")) if config.init_from in STARTS else ():
-        with open_file(path) as file:
+        with blames_input(f"{path} is no reference curve", *NO_CURVE), open_file(path) as file:
             header, *lines = map(json.loads, file)
-        measured = options_that_count(defaults) | header["options"]
-        if measured == own and header["text_sha256"] == text_sha256:
-            return {line["step"]: _expected(**line) for line in lines}
+            measured = options_that_count(defaults) | header["options"]
+            if measured == own and header["text_sha256"] == text_sha256:
+                return {line["step"]: _expected(**line) for line in lines}
     return {}
 
 

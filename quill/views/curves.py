@@ -15,6 +15,8 @@ SCORES = {
     "val_pairs": "-v",
 }
 
+DRAWN = ("train_loss", "loss", "lr", "seconds", "expected_low", "expected_high")  # and val_*
+
 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl; raises InputError for one without an evaluation."""
@@ -28,9 +30,9 @@ def read_metrics(path: Path) -> list[dict]:
             record = json.loads(line)
             if record.get("loss", 0) is None:
                 del record["loss"]  # the step's update was skipped
-            names = ("train_loss", "val_loss", "loss", "lr", "expected_low", "expected_high")
-            numbers = [record[name] for name in names if name in record]
-            if type(record["step"]) is not int or not all(type(x) is float for x in numbers):
+            numbers = [x for name, x in record.items() if name.startswith("val_") or name in DRAWN]
+            are_drawable = all(type(x) is float and not abs(x) > 1e30 for x in numbers)
+            if type(record["step"]) is not int or abs(record["step"]) > 1e15 or not are_drawable:
                 raise ValueError("no step with losses")
         records.append(record)
     if not any("val_loss" in record for record in records):

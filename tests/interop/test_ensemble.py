@@ -75,6 +75,7 @@ def test_what_cannot_be_averaged_or_evaluated_is_refused(tiny, call):
         (["train", *TINY, "--distill_from=none"], "none/ckpt.pt is missing"),
         (["train", *TINY, "--distill_from=a,short"], "a block_size of 8, shorter than this run's"),
         (["train", *TINY, "--distill_from=a", "--distill_weight=2"], "distill_weight"),
+        (["train", *TINY, "--distill_from=a,b", "--out_dir=a", "--overwrite=true"], "a teacher's"),
     ):
         code, _, err = call(*argv)
         assert code == 2 and is_one_error_line(err) and complaint in err, argv

@@ -110,8 +110,10 @@ def test_what_cannot_work_is_one_line(preferred, call):
     write_reward("zero", "0")
     for argv, said in (
         (["pairs"], "give a judge"),
-        (["pairs", "ones.py", "--start_from=nowhere"], "nowhere"),
-        (["pairs", "zero.py", "--start_from=out"], "alike"),
+        (["pairs", "ones.py", "--start_from=out"], "exists already"),
+        (["pairs", "ones.py", "--start_from=out", "--to="], "give the name of a file"),
+        (["pairs", "ones.py", "--start_from=nowhere", "--to=new"], "nowhere"),
+        (["pairs", "zero.py", "--start_from=out", "--to=new"], "alike"),
         (["dpo", *LOOP, "--pairs=nowhere.jsonl"], "nowhere.jsonl"),
         (["reward", *LOOP, "--out_dir=out"], "already holds a run"),
     ):

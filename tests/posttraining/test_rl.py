@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 from pathlib import Path
@@ -156,9 +157,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(policy, call, monkeypatch):
         (["--reward=nowhere"], "nowhere"),
         (["--reward=out"], "no run of quill.reward"),
         (["--reward=empty.py"], "defines no function"),
-        (["--reward=broken.py"], "broken.py: line 1"),
+        (["--reward=broken.py"], "broken.py, line 1: ZeroDivisionError"),
         (["--reward=fails.py"], "fails.py"),
         (["--reward=text.py"], "'much'"),
+        (["--reward=large.py"], "no number that float32 holds"),
+        (["--reward=exits.py"], "exits.py"),
+        (["--judge=exits.py"], "exits.py"),
+        (["--reward=pipe.py"], "no reward file"),
+        (["--init_from=resume", "--out_dir=out"], "python train.py --out_dir=out"),
         (["--completions=1"], "completions"),
         (["--learning_rate=1e9", "--grad_clip=0"], ""),
     ],
@@ -173,11 +179,24 @@ def test_what_cannot_work_is_one_line(policy, call, text, flags, said):
     Path("broken.py").write_text("1 / 0\n")
     write_reward("fails", "{}[completion]")
     write_reward("text", "'much'")
+    write_reward("large", "10**400")
+    write_reward("exits", "exit()")
+    os.mkfifo("pipe.py")
     code, _, err = call("rl", *RL, *flags)
     assert code == (1 if "1e9" in flags[0] else 2) and is_one_error_line(err) and said in err, err
 
 
-def test_several_processes_are_refused(folder, call, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize("n", ["2", "two", ""])
+def test_several_processes_are_refused(folder, call, monkeypatch, n):
+    monkeypatch.setenv("WORLD_SIZE", n)
     code, _, err = call("rl", *RL)
     assert code == 2 and is_one_error_line(err) and "one process" in err
+
+
+@pytest.mark.parametrize("init_from", ["resume", "auto"])
+def test_a_run_is_resumed_by_its_own_command(policy, call, init_from):
+    assert call("rl", *RL)[0] == 0
+    before = weights("rl/ckpt.pt")
+    code, _, err = call("train", *START, "--out_dir=rl", f"--init_from={init_from}")
+    assert code == 2 and is_one_error_line(err) and "python -m quill.rl" in err, err
+    assert all(map(torch.equal, before, weights("rl/ckpt.pt")))

@@ -55,6 +55,15 @@ def test_a_run_of_it_says_where_it_stands(measured, call):
     assert "is off" not in out.lower()
 
 
+def test_a_file_is_no_curve_or_is_in_the_way(measured, call):
+    code, _, err = call("reference", "--out_dir=out-1,out-2,out-3", measured)
+    assert code == 2 and is_one_error_line(err) and "exists already" in err
+    for text in ("", "{}", "[1", "[]"):
+        (measured.parent / "a.jsonl").write_text(text)
+        code, _, err = call("train", *TINY)
+        assert code == 2 and is_one_error_line(err) and "a.jsonl is no reference curve" in err
+
+
 @pytest.mark.parametrize("shift", [-5.0, 5.0])
 def test_a_run_that_is_off_is_told_so(measured, call, shift):
     header, *lines = map(json.loads, measured.read_text().splitlines())
