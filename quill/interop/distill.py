@@ -18,7 +18,7 @@ class Teacher:
     def __init__(self, names: str, weight: float, config, data: Splits, device: torch.device):
         """names: of the runs' folders; weight: that of the teacher in the loss, 0 to 1.
 
-        Raises InputError for a teacher that cannot read the run's windows.
+        Raises InputError for a teacher that cannot read the run's windows, or lies in its folder.
         """
         self.weight, self.vocab_size = weight, data.tokenizer.vocab_size
         if any(lies_in(str(folder), config.out_dir) for folder in split_folders(names)):

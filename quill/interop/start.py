@@ -34,7 +34,7 @@ def find_start(config, argv: list[str], usage: str, command: str = TRAIN) -> tup
         can_resume = run_folder.can_resume(out_dir)
         if config.init_from == "resume" or (config.init_from == "auto" and can_resume):
             saved = checkpoint.load_latest(out_dir, may_move=writes, is_quiet=not is_main)
-            check_command(saved, command, out_dir)
+            _check_command(saved, command, out_dir)
             base = saved["config"]
         elif writes and config.init_from != "auto" and not config.overwrite:
             run_folder.refuse_to_overwrite(out_dir)
@@ -73,7 +73,7 @@ def _load_start(config, argv: list[str], usage: str) -> pretrained.Pretrained | 
     return pretrained.load(source)
 
 
-def check_command(saved: dict, command: str, out_dir: Path) -> None:
+def _check_command(saved: dict, command: str, out_dir: Path) -> None:
     """Raises InputError for a checkpoint of another command, as only that one can resume it."""
     made_by = saved.get("command", TRAIN)
     if made_by != command:

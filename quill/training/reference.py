@@ -20,8 +20,8 @@ FREE = {
     *("compile", "compile_mode", "cuda_graph", "parallel", "backend", "deterministic", "seed"),
 }
 STARTS = ("scratch", "auto", "resume")
-# A new run lies in three seeds' range only half of the time.
 NO_CURVE = (ValueError, KeyError, TypeError)  # raised by what another program wrote
+# A new run lies in three seeds' range only half of the time.
 N_RANGES = 1.5  # to both sides of the mean
 LEAST = 0.01
 
