@@ -20,6 +20,7 @@ import torch
 
 from quill.data.dataset import IGNORE_INDEX
 from quill.errors import InputError, run_command
+from quill.files import sha256_of_file
 from quill.interop.start import lies_in
 from quill.posttraining import reward_model
 from quill.posttraining.loop import Loop, run_task
@@ -34,6 +35,7 @@ from quill.posttraining.rewards import AnswerReward, FileReward, ModelReward
 from quill.posttraining.rollouts import Batch, Rollouts
 from quill.posttraining.task import PolicyOptions, PolicyTask
 from quill.settings import option
+from quill.training import state_dict
 
 
 SCREENING = 2 * 10**9  # added to a step, for random numbers of its own
@@ -77,14 +79,18 @@ class RLTask(PolicyTask):
                     f"reward=answers: dataset {self.config.dataset!r} is a text without prompts "
                     "and answers; give --reward=FILE.py or a reward model"
                 )
+            self.loop.made_of["reward"] = name
             return AnswerReward(self.data.reverses_answers)
         if path.suffix == ".py":
-            return FileReward(path)
+            reward = FileReward(path)
+            self.loop.made_of["reward"] = sha256_of_file(path)
+            return reward
         if lies_in(name, self.config.out_dir):
             raise InputError(f"out_dir={name} is the reward model's: choose another folder")
         model, tokenizer = reward_model.load(path)
         if tokenizer.to_json() != self.data.tokenizer.to_json():
             raise InputError(f"reward={name} has another tokenizer than {self.config.dataset!r}")
+        self.loop.made_of["reward"] = state_dict.digest(model.state_dict())
         return ModelReward(model.to(self.loop.device), self.config.batch_size)
 
     def summary(self) -> str:

@@ -85,6 +85,8 @@ class Loop:
         self.data = open_splits(config.dataset, start.config.block_size, self.device)
         checks.check_tokenizer(config.dataset, self.data, start, config.start_from)
         torch.manual_seed(config.seed)
+        # The digests of what the run is made of, by the options that name it; a task adds its own.
+        self.made_of = {"start_from": state_dict.digest(start.weights)}
         self.task = make_task(self)
         self.model: torch.nn.Module = self.task.model
         self.optimizers = make_optimizers(self.model, config, self.dtype)
@@ -94,9 +96,24 @@ class Loop:
         self.signals: list[int] = []  # received, that ask to stop
         if saved is not None:
             checks.check_resume(config, self.data, None, saved)
+            self.check_made_of(saved)
             parts = (self.model, self.optimizers, self.ema, self.scaler, self.guard)
             path = Path(config.out_dir, checkpoint.LATEST)
             self.progress = state_dict.load_training_state(saved, path, *parts)
+
+    def check_made_of(self, saved: dict) -> None:
+        """Raises InputError where these are not what the checkpoint was trained from."""
+        then = saved.get("made_of", {})
+        changed = [
+            f"{name}={getattr(self.config, name)}"
+            for name, digest in self.made_of.items()
+            if not isinstance(then, dict) or then.get(name) != digest
+        ]
+        if changed:
+            raise InputError(
+                f"{self.config.out_dir} cannot be resumed: {' and '.join(changed)} is not what it "
+                "was when the run began; put it back, or start a new run in another --out_dir"
+            )
 
     def run(self) -> int:
         """To the end, or until a signal; -> exit code."""
@@ -193,7 +210,7 @@ class Loop:
         contents = state_dict.weights_and_config(self, self.task.model_config)
         contents |= state_dict.training_state(self.optimizers, self.ema, self.scaler)
         contents["progress"] = dataclasses.asdict(self.progress)
-        contents["command"] = module_of(self.task)
+        contents["command"], contents["made_of"] = module_of(self.task), self.made_of
         self.saver.wait()
         self.log.sync()
         self.saver.start(contents)

@@ -9,7 +9,7 @@ import torch
 
 from quill.data.tokenizers import Tokenizer
 from quill.errors import InputError, blames_input
-from quill.files import open_file
+from quill.files import open_file, sha256_of_file
 from quill.posttraining.prompts import draw_places
 
 NAMES = ("prompt", "chosen", "rejected")
@@ -76,8 +76,9 @@ class PairsTask:
 
     def open_pairs(self, loop, block_size: int) -> None:
         self.loop, self.config = loop, loop.config
-        sizes = loop.data.tokenizer, block_size
-        self.train_pairs, self.val_pairs = read(Path(self.config.pairs), *sizes)
+        path = Path(self.config.pairs)
+        loop.made_of["pairs"] = sha256_of_file(path)
+        self.train_pairs, self.val_pairs = read(path, loop.data.tokenizer, block_size)
 
     def summary(self) -> str:
         return (

@@ -6,6 +6,7 @@ sampling needs no torch.distributed, which takes a second to import.
 """
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import torch
@@ -30,6 +31,14 @@ def model_state_dict(model: torch.nn.Module) -> dict:
     if is_tied:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     return weights
+
+
+def digest(weights: dict) -> str:
+    """The SHA-256 of the values, whatever file they come from."""
+    sha256 = hashlib.sha256()
+    for _, tensor in sorted(weights.items()):
+        sha256.update(tensor.contiguous().flatten().view(torch.uint8).numpy(force=True))
+    return sha256.hexdigest()
 
 
 def weights_and_config(run, model_config: dict | None = None) -> dict:

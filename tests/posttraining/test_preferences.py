@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import flat_tensors, is_one_error_line
-from test_rl import RL, policy, records, write_reward  # noqa: F401  a fixture
+from test_rl import RL, START, policy, records, write_reward  # noqa: F401  a fixture
 
 from quill.posttraining import reward_model
 from quill.posttraining.rollouts import pack
@@ -73,6 +73,24 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(preferred, call, command)
     for name in ("model", "optimizers"):
         a, b = (flat_tensors(contents[name]) for contents in saved)
         assert all(map(torch.equal, a, b)) and len(a) == len(b) > 2
+
+
+@pytest.mark.parametrize("command", ["reward", "dpo"])
+def test_a_resume_from_other_pairs_or_weights_is_refused(preferred, call, command):
+    """Their names are the run's, so that nothing else would tell."""
+    assert call(command, *LOOP, "--max_iters=2", "--out_dir=run")[0] == 0
+    resume = ["--out_dir=run", "--init_from=resume", "--max_iters=3"]
+    lines = Path("pairs.jsonl").read_text().splitlines(keepends=True)
+    Path("pairs.jsonl").write_text("".join(reversed(lines)))
+    Path("out").rename("kept")
+    assert call("train", *START, "--seed=1")[0] == 0
+    code, _, err = call(command, *resume)
+    said = "start_from=out and pairs=pairs.jsonl is not what it was"
+    assert code == 2 and is_one_error_line(err) and said in err
+    Path("pairs.jsonl").write_text("".join(lines))
+    Path("out").rename("other")
+    Path("kept").rename("out")
+    assert call(command, *resume)[0] == 0
 
 
 def test_the_score_is_that_of_the_last_token(preferred, call):
