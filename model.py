@@ -33,7 +33,7 @@ def option(default, help: str, **bounds):
 class GPTConfig:
     """What determines the weights' shapes and meaning. Raises ValueError when it cannot work."""
 
-    block_size: int = option(1024, "tokens in a window: the longest context", min=1)
+    block_size: int = option(1024, "tokens in a window: the longest context", min=1, max=2**24)
     vocab_size: int = option(50257, "number of token ids", min=1)
     n_layer: int = option(12, "number of blocks", min=1, max=10**4)
     n_head: int = option(12, "attention heads in a block", min=1)
@@ -53,13 +53,10 @@ class GPTConfig:
         kinds = typing.get_type_hints(GPTConfig)
         for field in dataclasses.fields(GPTConfig):
             value, kind = getattr(self, field.name), kinds[field.name]
-            bounds = field.metadata.get("min", -math.inf), field.metadata.get("max", math.inf)
-            if kind is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name}={value!r} is not a positive whole number")
-            if kind is float and (
-                type(value) not in (int, float) or not bounds[0] <= value <= bounds[1]
-            ):
-                raise ValueError(f"{field.name}={value!r} is not a number within {bounds}")
+            low, high = field.metadata.get("min"), field.metadata.get("max", math.inf)
+            allowed = {int: (int,), float: (int, float)}.get(kind)
+            if allowed and (type(value) not in allowed or not low <= value <= high):
+                raise ValueError(f"{field.name}={value!r} is no {kind.__name__} in {low}..{high}")
             choices = (True, False) if kind is bool else typing.get_args(kind)
             if choices and value not in choices:
                 raise ValueError(f"{field.name}={value!r} is none of {choices}")

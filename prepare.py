@@ -97,7 +97,8 @@ def from_text(config: PrepareConfig) -> Source:
         raise InputError(f"{name}: one {unit} cannot be split into train and val")
     kind = config.tokenizer or BUILT_IN.get(config.dataset, "char")
     tokenizer = choose_tokenizer(kind, corpus, found)
-    described = describe(tokenizer, Path(name).name, found.sha256)
+    source = corpus.files[0] if len(corpus.files) == 1 else Path(name)
+    described = describe(tokenizer, source.name, found.sha256)
     facts = f"{found.n_chars:,} characters ({len(found.chars)} distinct) of {name}"
     if not corpus.is_one_text:
         facts += f", {found.n_documents:,} documents"
@@ -195,7 +196,8 @@ def up_to_date(folder: Path, source: Source, overwrite: bool) -> dataset_files.M
     try:
         meta, _ = dataset_files.read(folder)  # compares the checksums of all files
         new = source.described
-        # A .txt that was renamed to .jsonl has the same bytes, but other documents.
+        # A .txt that was renamed to .jsonl has the same bytes, but other documents. (Where there
+        # are several files, the hash is of their kinds as well.)
         is_of_kind = (".jsonl" in meta.source) == (".jsonl" in new["source"])
         if is_of_kind and (meta.sha256, meta.tokenizer) == (new["sha256"], new["tokenizer"]):
             return meta

@@ -36,7 +36,7 @@ from model import GPT, MAX_LOGITS, Block
 from quill import settings
 from quill.data import dataset_files
 from quill.errors import InputError, reader_may_leave, run_command
-from quill.files import atomic_write, dataset_folder, refuse_special_files
+from quill.files import atomic_write, dataset_folder, refuse_to_replace
 from quill.sampling.decoder import Decoder
 from quill.settings import option
 from quill.training import devices
@@ -58,6 +58,7 @@ AS_ON_A_GPU = {
     # A mask of one byte a number.
     "dropout": lambda x, p, *_: torch.native_dropout(x, p, True)[0] if p else x,
 }
+MAX_TOKENS = 2**24  # in a micro-step; its loss is planned part by part, which takes time as well
 # In a loss that is not compiled, at the highest moment: in bfloat16, float32, its log-probability
 # and its gradient.
 BYTES_OF_A_LOGIT = 14
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> int:
     if config.json:  # before the minutes that measuring takes
         if not Path(config.json).parent.is_dir():
             raise InputError(f"json={config.json}: there is no such folder")
-        refuse_special_files(Path(config.json))
+        refuse_to_replace(Path(config.json))
     with devices.out_of_memory_advice(f"lower batch_size={config.batch_size}"):
         figures = plan(config) if config.plan else measure(config)
     width = max(map(len, figures))
@@ -204,6 +205,12 @@ def plan(config: BenchConfig) -> dict:
     rows = config.gradient_accumulation_steps * config.batch_size
     if rows % config.devices:
         raise InputError(f"a step's {rows} windows do not divide over {config.devices} devices")
+    n_tokens = min(rows // config.devices, config.batch_size) * config.block_size
+    if n_tokens > MAX_TOKENS:
+        raise InputError(
+            f"batch_size={config.batch_size}, block_size={config.block_size}: {n_tokens:,} tokens "
+            f"in a micro-step of one device; at most {MAX_TOKENS:,} can be planned"
+        )
     vocab_size = config.vocab_size or _vocabulary_of(config.dataset)
     with FakeTensorMode():  # tensors with shapes, without memory
         model = build(config_from_options(config, vocab_size))

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from quill import settings
-from quill.errors import InputError, run_command
+from quill.errors import InputError, blames_input, run_command
 from quill.files import atomic_write, refuse_to_replace, split_folders
 from quill.settings import option
 from quill.training import checkpoint, reference, run_folder
@@ -33,7 +33,10 @@ def main(argv: list[str]) -> int:
     header = header_of(folders)
     curve_of = [dict(zip(*read_curve(folder), strict=True)) for folder in folders]
     steps = [step for step in curve_of[0] if all(step in curve for curve in curve_of)]
-    lines = [json.dumps(header)]
+    if not steps:
+        raise InputError(f"{config.out_dir}: these runs have no evaluation at the same step")
+    with blames_input(f"{folders[0]}: its options are no usual ones", TypeError, ValueError):
+        lines = [json.dumps(header)]
     for step in steps:
         losses = [curve[step] for curve in curve_of]
         line = {"step": step, "mean": fmean(losses), "low": min(losses), "high": max(losses)}
@@ -49,14 +52,19 @@ def read_curve(folder: Path) -> tuple[list[int], list[float]]:
 
 
 def header_of(folders: list[Path]) -> dict:
-    """Raises InputError where two runs differ in more than their seed, or not even in that."""
+    """Raises InputError where two runs differ in more than their seed, or not even in that.
+
+    A forged checkpoint may have any plain values as options.
+    """
+    if len(folders) < 2:
+        raise InputError("--out_dir: give the folders of several runs, separated by commas")
     headers, seeds = [], []
     for folder in folders:
         saved = checkpoint.load_checkpoint(folder / checkpoint.LATEST)
         options = reference.options_that_count(saved["config"])
         headers.append({"options": options, "text_sha256": saved.get("text_sha256")})
         seeds.append(saved["config"].get("seed"))
-    if len(set(seeds)) < len(seeds) or any(header != headers[0] for header in headers):
+    if any(seeds.count(s) > 1 for s in seeds) or any(header != headers[0] for header in headers):
         raise InputError("these runs should differ in their seeds and in nothing else")
     return headers[0] | {"seeds": seeds}
 

@@ -36,8 +36,8 @@ LARGER_SIZES = ((6, 176), (6, 208))  # for the prediction
 HEAD_SIZE = 16
 SWITCHES = {"block_size": 64, "position": "rotary", "mlp": "swiglu", "token_shift": True}
 BATCH_SIZE = 24
-RATES = {"learning_rate": 4e-3, "muon_learning_rate": 0.015}
-FACTORS = (0.5, 1.0, 2.0)  # of these rates, tried for each size at the smallest budget
+RATES = {"learning_rate": 8e-3, "muon_learning_rate": 0.03}
+FACTORS = (0.5, 1.0, 2.0)  # of these rates, tried for each size at a budget in the middle
 SEED = 1337
 AHEAD = 4  # times the largest budget, for the prediction
 
@@ -106,8 +106,9 @@ class Study:
         self.budgets = [config.smallest * 2**i for i in range(config.budgets)]
 
     def tune(self) -> dict[tuple[int, int], float]:
-        """The best factor of the rates for each size, at the smallest budget."""
-        plans = [self.plan(size, self.budgets[0], factor) for size in SIZES for factor in FACTORS]
+        """The best factor of the rates for each size, at a budget in the middle."""
+        middle = self.budgets[(len(self.budgets) - 1) // 2]
+        plans = [self.plan(size, middle, factor) for size in SIZES for factor in FACTORS]
         tried = [*zip(plans, self.make_all(plans), strict=True)]
         return {
             size: min((run.val_loss, plan.factor) for plan, run in tried if plan.size == size)[1]

@@ -26,7 +26,10 @@ def read_tokenizer(path: Path) -> tokenizers.CharTokenizer:
     with blames_input(f"{path} is not nanoGPT's meta.pkl of characters", *kinds):
         with open_file(path) as file:
             meta = _unpickle_plain(file.read(_MAX_PICKLE_BYTES + 1))
-        chars = [meta["itos"][i] for i in range(len(meta["itos"]))]
+        itos = meta["itos"]
+        if sorted(itos) != [*range(len(itos))]:
+            raise ValueError("its ids are not 0, 1, 2 and so on")
+        chars = [itos[i] for i in range(len(itos))]
         if not all(type(char) is str and len(char) == 1 for char in chars):
             raise ValueError("its tokens are not single characters")
         return tokenizers.from_json({"kind": "char", "chars": "".join(chars)}, str(path))

@@ -258,7 +258,7 @@ def run_task(options: type[LoopOptions], argv: list[str], usage: str, make_task)
         config, saved, _ = find_start(config, argv, usage, module_of(make_task))
         start = load_start(config)
         config = dataclasses.replace(config, dataset=config.dataset or start.dataset or "")
-        with devices.out_of_memory_advice("lower the number of completions in a step"):
+        with devices.out_of_memory_advice("fewer prompts, completions or pairs at a time"):
             return Loop(config, saved, start, make_task).run()
 
 

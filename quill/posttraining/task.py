@@ -40,7 +40,7 @@ class PolicyTask:
         self.loop, self.config, self.data = loop, loop.config, loop.data
         self.model = loop.start.build()
         if loop.config.lora_rank:
-            checks.check_lora(self.model.config, has_weights=True)
+            checks.check_lora(loop.config.lora_rank, self.model.config, has_weights=True)
             lora.add_adapters(self.model, loop.config.lora_rank)
         self.model.to(loop.device)
         self.model_config = config_to_dict(self.model.config)

@@ -50,10 +50,12 @@ def pick_cuda_graph(setting: bool | str, device: torch.device, dtype: torch.dtyp
     return is_possible and bool(setting)
 
 
-def check_lora(model_config, has_weights: bool) -> None:
-    """Raises InputError where there is nothing to adapt."""
+def check_lora(rank: int, model_config, has_weights: bool) -> None:
+    """Raises InputError where there is nothing to adapt, or nothing is saved by it."""
     if isinstance(model_config, BigramConfig):
         raise InputError("lora_rank: a bigram has no blocks to adapt; leave it out")
+    if rank > model_config.n_embd:
+        raise InputError(f"lora_rank={rank} is above n_embd={model_config.n_embd}: lower it")
     if not has_weights:
         raise InputError("lora_rank trains adapters of given weights: give --init_from=DIR as well")
 
@@ -64,8 +66,9 @@ def check_resume(config, data, model_config, saved: dict) -> None:
     model_config: what the options say; None where they say nothing of the model.
     """
     path = Path(config.out_dir, LATEST)
-    then = {"optimizer": saved["config"].get("optimizer")}
-    now = {"optimizer": config.optimizer}
+    trained = {"optimizer": "", "lora_rank": 0}  # with what such a run or checkpoint has without
+    then = {name: saved["config"].get(name, value) for name, value in trained.items()}
+    now = {name: getattr(config, name, value) for name, value in trained.items()}
     if model_config is not None:
         kinds = ValueError, TypeError, LookupError
         with blames_input(f"{path} is not usable for a resume", *kinds):

@@ -14,6 +14,7 @@ ON_A_GPU = ["--device=cuda", "--dtype=auto"]
 
 
 def figures_of(call, *flags) -> dict:
+    Path("figures.json").unlink(missing_ok=True)
     code, out, err = call("bench", *flags, "--json=figures.json")
     assert (code, err) == (0, "")
     figures = json.loads(Path("figures.json").read_text())
@@ -156,6 +157,7 @@ def test_a_plan_is_close_to_what_training_takes(tiny, call, flags):
 
 
 def test_what_cannot_be_planned_or_measured(folder, call):
+    Path("notes.txt").write_text("mine")
     for flags, complaint in [
         (
             [
@@ -172,6 +174,9 @@ def test_what_cannot_be_planned_or_measured(folder, call):
         (["--devices=4", "--vocab_size=500"], "devices, vocab_size: only with --plan"),
         (["--init_from=resume"], "init_from=resume"),
         (["--json=nowhere/figures.json"], "no such folder"),
+        (["--json=notes.txt"], "notes.txt exists already"),
+        (["--plan", "--block_size=4000000000000000000"], "block_size"),
+        (["--plan", "--block_size=1000000", "--batch_size=1000"], "can be planned"),
     ]:
         code, _, err = call("bench", *flags)
         assert code == 2 and is_one_error_line(err) and complaint in err

@@ -70,15 +70,18 @@ def prepare_anew(call, *argv):
     assert call(*argv)[1].startswith("up to date: ")
 
 
-def test_the_same_bytes_of_another_kind_are_another_dataset(folder, call):
+@pytest.mark.parametrize("input", ["texts/pairs.jsonl", "texts", "texts/*"])
+def test_the_same_bytes_of_another_kind_are_another_dataset(folder, call, input):
     """A file of JSON lines taken for text, then renamed."""
-    Path("pairs.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 40)
-    assert call("prepare", "first", "--input=pairs.jsonl", "--tokenizer=byte")[0] == 0
+    lines, text = Path("texts/pairs.jsonl"), Path("pairs.txt")
+    lines.parent.mkdir()
+    lines.write_text('{"prompt": "1+1=", "completion": "2"}\n' * 40)
+    assert call("prepare", "first", f"--input={input}", "--tokenizer=byte")[0] == 0
     tokenizer = "--tokenizer=data/first/meta.json"
-    Path("pairs.jsonl").rename("pairs.txt")
+    lines.rename(text)
     assert call("prepare", "mine", "--input=pairs.txt", tokenizer)[0] == 0
-    Path("pairs.txt").rename("pairs.jsonl")
-    prepare_anew(call, "prepare", "mine", "--input=pairs.jsonl", tokenizer)
+    text.rename(lines)
+    prepare_anew(call, "prepare", "mine", f"--input={input}", tokenizer)
 
 
 def test_another_datasets_tokenizer_is_reused(folder, call):

@@ -163,6 +163,7 @@ def test_a_nanogpt_dataset_is_converted(folder, call, protocol):
         pickle.dumps({"itos": Payload()}),
         pickle.dumps({"itos": {0: "ab"}}),
         pickle.dumps({"itos": {1: "a"}}),
+        pickle.dumps({"itos": {-1: "a", 5: "b"}}),
         pickle.dumps({"itos": {0: "a", 1: "a"}}),
         pickle.dumps({"itos": {0: 7}}),
         pickle.dumps({"itos": 7}),

@@ -82,12 +82,17 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(tiny, call):
     same_run("whole", "parts")
     for rank in (0, 3):
         code, _, err = call("train", "--out_dir=parts", "--init_from=resume", f"--lora_rank={rank}")
-        assert code == 2 and is_one_error_line(err) and "resume" in err
+        assert code == 2 and is_one_error_line(err) and "lora_rank is 2 there" in err
 
 
 def test_what_cannot_be_adapted_is_one_line(tiny, call):
     assert call("train", *TINY, "--model=bigram")[0] == 0
-    for flags, said in ((FINETUNE, "bigram"), ([*TINY, "--lora_rank=2"], "given weights")):
+    assert call("train", *TINY, "--out_dir=gpt")[0] == 0
+    for flags, said in (
+        (FINETUNE, "bigram"),
+        ([*TINY, "--lora_rank=2"], "given weights"),
+        ([*FINETUNE, "--init_from=gpt", "--lora_rank=100000"], "above n_embd=16"),
+    ):
         code, _, err = call("train", *flags, "--out_dir=fine")
         assert code == 2 and is_one_error_line(err) and said in err
 

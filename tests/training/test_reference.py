@@ -86,9 +86,16 @@ def test_another_run_is_not_compared(measured, call, flag):
 
 def test_runs_of_several_configs_or_of_one_seed_are_no_reference(measured, call):
     assert call("train", *TINY, "--seed=9", "--n_embd=8", "--out_dir=narrow")[0] == 0
-    for names in ("out-1,out-1", "out-1,narrow"):
+    assert call("train", *TINY, "--seed=9", "--out_dir=cut")[0] == 0
+    Path("cut/metrics.jsonl").write_text('{"step": 7, "val_loss": 1.0}\n')
+    for names, said in (
+        ("out-1,out-1", "differ in their seeds"),
+        ("out-1,narrow", "differ in their seeds"),
+        ("out-1", "several runs"),
+        ("out-1,cut", "no evaluation at the same step"),
+    ):
         code, _, err = call("reference", f"--out_dir={names}", "x.jsonl")
-        assert code == 2 and is_one_error_line(err) and "differ in their seeds" in err
+        assert code == 2 and is_one_error_line(err) and said in err
     assert not Path("x.jsonl").exists()
 
 

@@ -80,7 +80,7 @@ def test_a_study_predicts_and_then_makes_the_largest_run(made, call):
     flags = ["--dataset=tiny", "--seeds=2", "--budgets=2", "--jobs=1"]
     code, out, _ = call("scaling", *flags)
     n_tuning, n_grid = len(study.SIZES) * len(study.FACTORS), len(study.SIZES) * 2 * 2
-    # At the smallest budget the runs at the best rate serve twice.
+    # At the budget of the tuning the runs at the best rate serve twice.
     assert code == 0 and len(made) == n_tuning + n_grid - len(study.SIZES) + 1 + 1
     assert made[-1] == "after the prediction" and made.count("after the prediction") == 1
     assert len(set(made)) == len(made)
