@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,14 @@ import torch
 from model import GPT, GPTConfig
 from quill import settings
 from quill.data import dataset_files
-from quill.errors import InputError, RunError, blames_input, needs_extra, run_command
+from quill.errors import (
+    EXIT_BAD_INPUT,
+    InputError,
+    RunError,
+    blames_input,
+    needs_extra,
+    run_command,
+)
 from quill.files import atomic_write, dataset_folder, file_lock, open_file
 from quill.settings import option
 from quill.views import curves, scaling
@@ -75,6 +83,7 @@ class Plan:
 
 def main(argv: list[str]) -> int:
     config = settings.load(ScalingConfig, argv, usage=__doc__)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with needs_extra("plot"):
         import matplotlib  # noqa: F401  fails before the runs, not after them
     meta, _ = dataset_files.read(dataset_folder(config.dataset))
@@ -104,6 +113,7 @@ class Study:
         self.config, self.folder = config, Path(config.out_dir, config.dataset)
         self.vocab_size, self.train_tokens = vocab_size, train_tokens
         self.budgets = [config.smallest * 2**i for i in range(config.budgets)]
+        self.processes: list[subprocess.Popen] = []  # of the runs, also of those that have ended
 
     def tune(self) -> dict[tuple[int, int], float]:
         """The best factor of the rates for each size, at a budget in the middle."""
@@ -172,6 +182,11 @@ class Study:
                 passes = plan.n_tokens / self.train_tokens
                 note = f", {passes:.1f} passes over the text" if passes > 1 else ""
                 print(f"{plan.name}: val loss {run.val_loss:.4f}{note}; {to_go} to go", flush=True)
+        except SystemExit:  # SIGTERM; of Ctrl-C the runs have heard themselves
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in self.processes:
+                process.terminate()  # it saves, for the next time
+            raise
         finally:
             pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C no further run is begun
         return [self.result(plan) for plan in plans]
@@ -179,11 +194,13 @@ class Study:
     def make(self, plan: Plan) -> Run:
         argv = [sys.executable, str(ROOT / "train.py"), str(ROOT / "config" / "scaling.py")]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(
-            [*argv, *self.flags(plan)], env=environment, capture_output=True, text=True
-        )
-        if ended.returncode:
-            raise RunError(f"{plan.name} ended with code {ended.returncode}: {ended.stderr[-300:]}")
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen([*argv, *self.flags(plan)], env=environment, **streams)
+        self.processes.append(process)
+        _, errors = process.communicate()
+        if process.returncode:
+            kind = InputError if process.returncode == EXIT_BAD_INPUT else RunError
+            raise kind(f"{plan.name} ended with code {process.returncode}: {errors[-300:]}")
         return self.result(plan)
 
     def flags(self, plan: Plan) -> list[str]:

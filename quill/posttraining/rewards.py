@@ -45,6 +45,7 @@ class FileReward:
             str(self.path), f"{self.path}: reward({prompt[-40:]!r}, {completion[:40]!r})"
         ):
             value = self.function(prompt, completion)
+            value = value.item() if hasattr(value, "item") else value  # NumPy's and PyTorch's
             is_number = isinstance(value, numbers.Real) and abs(value) <= LARGEST
             shown = repr(value)[:40]
         if not is_number:

@@ -15,6 +15,7 @@ from helpers import TINY, flat_tensors, is_one_error_line
 from quill import settings
 from quill.data import problems
 from quill.posttraining.loop import Loop, load_start
+from quill.posttraining.rewards import FileReward
 from quill.rl import RLConfig, RLTask
 from quill.training.checkpoint import load_checkpoint
 
@@ -60,6 +61,12 @@ def test_rewards_are_raised(policy, call):
     assert call("evaluate", "--out_dir=rl")[0] == 0
     assert call("plot", "--out_dir=rl", "--pictures=loss")[0] == 0
     assert {"val reward", "val exact"} < {*re.findall(">([^<]+)<", Path("rl/loss.svg").read_text())}
+
+
+@pytest.mark.parametrize("value", ["1", "True", "np.bool_(1)", "np.array(1)", "torch.ones(1)"])
+def test_whatever_is_a_number_is_a_reward(folder, value):
+    Path("one.py").write_text(f"import numpy as np, torch\ndef reward(*_):\n    return {value}\n")
+    assert FileReward(Path("one.py")).of("a", "b") == 1.0
 
 
 def test_the_answers_of_the_dataset_are_the_reward(policy, call):

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import is_one_error_line
+from helpers import REPO, is_one_error_line
 
 from quill import scaling as study
+from quill.files import file_lock
+from quill.training.checkpoint import load_checkpoint
 from quill.views import scaling
 from quill.views.scaling import Law, Run
 
@@ -97,14 +104,35 @@ def test_a_run_that_fails_ends_the_study_with_its_reason(tiny, call, monkeypatch
     monkeypatch.setattr(study, "RATES", {"learning_rate": -1.0})
     monkeypatch.setattr(study, "SIZES", ((2, 32),))
     code, _, err = call("scaling", "--dataset=tiny", "--smallest=1e9")
-    assert code == 1 and is_one_error_line(err) and "ended with code 2" in err
+    assert code == 2 and is_one_error_line(err) and "ended with code 2" in err
     assert "learning_rate" in err
 
 
 @pytest.mark.slow
-def test_real_runs_of_too_few_steps_follow_no_law_and_that_is_said(tiny, call):
+def test_a_study_that_is_told_to_end_stops_its_runs(tiny):
+    flags = ["--dataset=tiny", "--smallest=1e13", "--jobs=2"]
+    command = [sys.executable, "-m", "quill.scaling", *flags]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(REPO)})
+    runs, deadline = Path("out-scaling/tiny"), time.monotonic() + 120
+    while len([*runs.glob("*/metrics.jsonl")]) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    checkpoints = [*runs.glob("*/ckpt.pt")]
+    for path in checkpoints:
+        load_checkpoint(path, for_resume=True)
+        with file_lock(path.parent):
+            pass
+    assert len(checkpoints) == 2, "each saved at the signal, and no further run was begun"
+
+
+@pytest.mark.slow
+def test_real_runs_follow_a_law_or_that_they_do_not_is_said(tiny, call):
+    """Of so few steps they may do either; here the runs themselves are looked at."""
     flags = ["--dataset=tiny", "--smallest=1e9", "--budgets=2", "--seeds=1"]
     code, out, err = call("scaling", *flags)
-    assert code == 1 and is_one_error_line(err) and "give larger budgets" in err
-    n_runs = len(study.SIZES) * (len(study.FACTORS) + 1)
-    assert out.count("val loss") == len(list(Path("out-scaling/tiny").iterdir())) - 1 == n_runs
+    found = code == 0 and "reached" in out
+    assert found or (code == 1 and is_one_error_line(err) and "give larger budgets" in err)
+    n_runs = len(study.SIZES) * (len(study.FACTORS) + 1) + found
+    runs = [*Path("out-scaling/tiny").glob("*/best.pt")]
+    assert out.count(": val loss") == len(runs) == n_runs
