@@ -113,12 +113,12 @@ class Study:
         self.config, self.folder = config, Path(config.out_dir, config.dataset)
         self.vocab_size, self.train_tokens = vocab_size, train_tokens
         self.budgets = [config.smallest * 2**i for i in range(config.budgets)]
+        self.middle = self.budgets[(len(self.budgets) - 1) // 2]  # where the rates are tuned
         self.processes: list[subprocess.Popen] = []  # of the runs, also of those that have ended
 
     def tune(self) -> dict[tuple[int, int], float]:
         """The best factor of the rates for each size, at a budget in the middle."""
-        middle = self.budgets[(len(self.budgets) - 1) // 2]
-        plans = [self.plan(size, middle, factor) for size in SIZES for factor in FACTORS]
+        plans = [self.plan(size, self.middle, factor) for size in SIZES for factor in FACTORS]
         tried = [*zip(plans, self.make_all(plans), strict=True)]
         return {
             size: min((run.val_loss, plan.factor) for plan, run in tried if plan.size == size)[1]
@@ -144,11 +144,15 @@ class Study:
         return Plan(size, budget, factor, seed, model.n_parameters(), n_steps)
 
     def predict(self, law, others, factors) -> tuple[Plan, str]:
-        """What the best size reaches with a larger budget; what was once written down stays."""
+        """What the best size reaches with a larger budget; what was once written down stays.
+
+        Its rates are those of the size that is best where they were tuned: both are trained on
+        about as many tokens a parameter.
+        """
+        budget = AHEAD * self.budgets[-1]
+        tuned = self.best([self.plan(size, self.middle, factors[size]) for size in SIZES], law)
         sizes = (*SIZES, *LARGER_SIZES)
-        factors = factors | dict.fromkeys(LARGER_SIZES, factors[SIZES[-1]])
-        plans = [self.plan(size, AHEAD * self.budgets[-1], factors[size]) for size in sizes]
-        plan = min(plans, key=lambda plan: law.loss(plan.n_parameters, plan.n_tokens))
+        plan = self.best([self.plan(size, budget, tuned.factor) for size in sizes], law)
         path = self.folder / "prediction.json"
         if not path.exists():
             losses = [one.loss(plan.n_parameters, plan.n_tokens) for one in (law, *others)]
@@ -167,6 +171,9 @@ class Study:
         if run != plan.name:
             raise InputError(f"{path} is of {run}, not of {plan.name}: remove it")
         return plan, f"{loss:.4f} ({low:.4f} to {high:.4f})"
+
+    def best(self, plans: list[Plan], law) -> Plan:
+        return min(plans, key=lambda plan: law.loss(plan.n_parameters, plan.n_tokens))
 
     def make_all(self, plans: list[Plan]) -> list[Run]:
         """Those that are not finished are made, a few at a time."""
