@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import math
 import re
-import runpy
 import sys
 import types
 import typing
@@ -113,14 +112,30 @@ def _split_argv(argv, types_of):
     return words, flags, problems
 
 
+def run_program(path: str, what: str) -> dict:
+    """What a Python file of the user's defines, by name. what: its kind, for errors.
+
+    Only source text is run: runpy would also run what is in an archive, as checkpoints are. Raises
+    InputError for anything else, and for whatever the program raises.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        raise InputError(f"{path} is a folder or pipe, no {what}; options are --NAME=VALUE")
+    with blames_program(path, f"{what} {path}"):
+        source = Path(path).read_bytes()
+        if b"\0" in source:
+            raise InputError("not a text; a checkpoint is given by --init_from or --out_dir")
+        module = types.ModuleType(f"<{path}>")
+        module.__file__ = path
+        sys.modules[module.__name__] = module  # dataclasses look there
+        exec(compile(source, path, "exec"), vars(module))
+    return vars(module)
+
+
 def _read_config_file(path: str) -> dict:
     """The public scalar assignments of a Python file, run in a namespace of its own."""
     if path.startswith("-"):
         raise InputError(f"{path}: options start with two dashes")
-    if Path(path).exists() and not Path(path).is_file():
-        raise InputError(f"{path} is a folder or pipe, no config file; options are --NAME=VALUE")
-    with blames_program(path, f"config file {path}"):
-        names = runpy.run_path(path)
+    names = run_program(path, "config file")
     tools = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
     return {
         name: value

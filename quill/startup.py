@@ -1,15 +1,17 @@
 """What the commands import before anything else, as importing torch takes a second or two.
 
-Importing it installs a handler for Ctrl-C (one line and exit code 130, no traceback), and opens
-/dev/null in place of standard streams that are closed.
+Importing it installs a handler for Ctrl-C (one line and exit code 130, no traceback), opens
+/dev/null in place of standard streams that are closed, and ends a command whose packages are not
+there.
 """
 
+import importlib.util
 import os
 import signal
 import sys
 import time
 
-from quill.errors import print_error
+from quill.errors import EXIT_BAD_INPUT, print_error
 
 STARTED = time.perf_counter()  # when the command started, nearly
 
@@ -32,6 +34,17 @@ def open_closed_streams() -> None:
             setattr(sys, name, open(descriptor, "w" if number else "r"))  # noqa: PTH123, SIM115
 
 
+def refuse_missing_packages() -> None:
+    missing = [name for name in ("numpy", "torch") if importlib.util.find_spec(name) is None]
+    if missing:
+        print_error(
+            f"{' and '.join(missing)} cannot be found by {sys.executable}: activate the "
+            "environment (. .venv/bin/activate), or install what Quill needs (pip install .)"
+        )
+        sys.exit(EXIT_BAD_INPUT)
+
+
 open_closed_streams()
+refuse_missing_packages()
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, interrupt)

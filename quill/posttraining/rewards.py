@@ -1,12 +1,12 @@
 """How good a completion is: the dataset's own answers, a rule in a file, or a reward model."""
 
 import numbers
-import runpy
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from quill import settings
 from quill.data.problems import plain_answer
 from quill.errors import InputError, blames_program
 from quill.posttraining.reward_model import RewardModel
@@ -33,10 +33,7 @@ class FileReward:
 
     def __init__(self, path: Path):
         self.path = path
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path} is a folder or pipe, no reward file")
-        with blames_program(str(path), f"reward file {path}"):
-            self.function = runpy.run_path(str(path)).get("reward")
+        self.function = settings.run_program(str(path), "reward file").get("reward")
         if not callable(self.function):
             raise InputError(f"reward file {path} defines no function reward(prompt, completion)")
 

@@ -246,6 +246,7 @@ class Progress:
         counts = (progress.step, progress.tokens, progress.stale_evaluations)
         counts += (*progress.skipped_steps,)
         is_possible = all(type(count) is int and 0 <= count < 2**62 for count in counts)
-        if not is_possible or progress.step != saved["step"] or not math.isfinite(progress.seconds):
+        is_possible &= math.isfinite(progress.seconds) and not math.isnan(progress.best_val_loss)
+        if not is_possible or progress.step != saved["step"]:
             raise ValueError(f"its progress is not possible: {progress}")
         return progress

@@ -5,23 +5,27 @@ size 1, and these functions then do nothing. The processes of a run trust each o
 """
 
 import contextlib
+import datetime
 import gc
 import os
 import re
+import threading
 import time
 import uuid
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import Block
-from quill.errors import InputError, RunError, expected_failure, print_error
+from quill.errors import InputError, RunError, expected_failure, print_error, print_note
 
 START_TIMEOUT_SECONDS = 600
+SILENT_SECONDS = 30  # before it is said who is waited for
 
 
 def rank() -> int:
@@ -85,11 +89,24 @@ def _check_environment() -> None:
 
 
 def _connect_store() -> dist.Store:
+    """Raises an error of torch.distributed where a process does not come in time."""
+    place = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    awaited = "the others" if is_main() else f"process 0 at {place}"
+    text = f"process {rank()} of {world_size()} waits for {awaited}"
+    note = threading.Timer(SILENT_SECONDS, print_note, [text])
+    note.daemon = True
+    note.start()
+    timeout = datetime.timedelta(seconds=START_TIMEOUT_SECONDS)
     try:
-        store, _, _ = next(dist.rendezvous("env://"))
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     except ValueError as error:
         raise InputError(f"{error}; start it with torchrun") from None
-    return _private_store(store)
+    else:
+        private = _private_store(store)
+        store.set_timeout(default_pg_timeout)  # for the waits within a run
+        return private
+    finally:
+        note.cancel()
 
 
 def _private_store(store: dist.Store) -> dist.Store:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPO, SCRIPTS, TINY, command, edit_meta, is_one_error_line
+from helpers import REPO, SCRIPTS, TINY, command, edit_meta, environment, is_one_error_line
 
 from quill.training import checkpoint
 
@@ -85,8 +85,22 @@ def test_help_says_how_to_run_it(folder, script):
 
 
 def test_what_is_no_command_says_what_to_run():
-    done = subprocess.run([sys.executable, REPO / "model.py"], capture_output=True, text=True)
+    options = {"capture_output": True, "text": True, "env": environment()}
+    done = subprocess.run([sys.executable, REPO / "model.py"], **options)
     assert done.returncode == 1 and "train.py" in done.stderr and "sample.py" in done.stderr
+    done = subprocess.run([sys.executable, "-m", "quill"], **options)
+    programs = (REPO / "quill").glob("*.py")
+    commands = [path.stem for path in programs if "\n    run_command(main)" in path.read_text()]
+    assert done.returncode == 1 and len(commands) == 12
+    assert all(f".{name}" in done.stderr for name in commands)
+
+
+@pytest.mark.parametrize("line", ["train.py", "prepare.py", "sample.py", "-m quill.plot"])
+def test_an_environment_that_is_not_activated_is_one_line(folder, line):
+    argv = [sys.executable, "-S", *(str(REPO / w) if ".py" in w else w for w in line.split())]
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment())
+    assert done.returncode == 2 and is_one_error_line(done.stderr)
+    assert "numpy and torch cannot be found" in done.stderr and "activate" in done.stderr
 
 
 def test_preparing_loads_no_torch():
@@ -190,6 +204,10 @@ def odd_progress(saved):
     saved["progress"]["step"] = "6"
 
 
+def no_best(saved):
+    saved["progress"]["best_val_loss"] = float("nan")
+
+
 def write(path: str, content: str | bytes):
     Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
 
@@ -258,6 +276,7 @@ def test_wrong_input_to_train(tiny, call, argv, damage, complaint):
         ([], lambda: edit_checkpoint(short_moment), "optimizer state does not fit"),
         ([], lambda: edit_checkpoint(no_moments), "optimizer state does not fit"),
         ([], lambda: edit_checkpoint(odd_progress), "progress.step has another type"),
+        ([], lambda: edit_checkpoint(no_best), "progress is not possible"),
     ],
 )
 def test_wrong_input_to_resume(tiny, call, argv, damage, complaint):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -112,6 +114,15 @@ def test_bad_files(folder, source, complaint):
     (folder / "bad.py").write_text(source)
     with pytest.raises(InputError, match=complaint):
         load("bad.py")
+
+
+def test_what_is_in_an_archive_is_not_run(folder):
+    """A checkpoint is one, and a stranger's may hold a program."""
+    with zipfile.ZipFile("best.pt", "w") as archive:
+        archive.writestr("__main__.py", "open('executed', 'w')\nsteps = 3\n")
+    with pytest.raises(InputError, match=r"best\.pt: .*a checkpoint is given by --init_from"):
+        load("best.pt")
+    assert not Path("executed").exists()
 
 
 def test_base_replaces_the_defaults_and_is_checked():

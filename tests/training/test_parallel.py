@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from helpers import REPO, TINY, same_run
 
+from quill.training import distributed
 from quill.training.checkpoint import load_checkpoint
 
 SAME = [*TINY, "--batch_size=4", "--gradient_accumulation_steps=4", "--log_interval=1"]
@@ -231,6 +232,18 @@ def test_torchruns_variables_without_torchrun(tiny, call, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = call("train", *TINY)
     assert code == 2 and err.count("error: ") == 1 and "start it with torchrun" in err
+
+
+def test_who_is_waited_for_is_said_and_not_without_end(tiny, call, monkeypatch):
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"} | place).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "SILENT_SECONDS", 0.1)
+    monkeypatch.setattr(distributed, "START_TIMEOUT_SECONDS", 1)
+    code, _, err = call("train", *TINY)
+    note, error = err.splitlines()
+    assert note == f"process 1 of 2 waits for process 0 at 127.0.0.1:{place['MASTER_PORT']}"
+    assert code == 1 and error.startswith("error: process 1 of 2:") and "timed out" in error.lower()
 
 
 def test_a_rank_alone_means_nothing(tiny, call, monkeypatch):
