@@ -47,7 +47,7 @@ def refuse_special_files(*paths: Path) -> None:
 
 def refuse_to_replace(path: Path) -> None:
     """Raise InputError where there is a file already, which nobody asked to replace, or no file."""
-    refuse_special_files(path)
+    refuse_special_files(path, _temporary(path))
     if path.exists():
         raise InputError(f"{path} exists already: give another name, or remove it")
 

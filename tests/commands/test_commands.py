@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import REPO, SCRIPTS, TINY, command, edit_meta, environment, is_one_error_line
+from helpers import (
+    REPO,
+    SCRIPTS,
+    TINY,
+    command,
+    command_line,
+    edit_meta,
+    environment,
+    is_one_error_line,
+)
 
 from quill.training import checkpoint
 
@@ -75,13 +84,11 @@ compile = False
         "serve",
     ],
 )
-def test_help_says_how_to_run_it(folder, script):
-    done = command(script, "--help")
+def test_help_says_how_to_run_it(folder, call, script):
+    code, out, err = call(script, "--help")
     name = f"python {script}.py" if script in SCRIPTS else f"python -m quill.{script}"
-    assert (done.returncode, done.stderr) == (0, "") and name in done.stdout
-    assert ("options (as --NAME=VALUE" in done.stdout and "--out_dir=" in done.stdout) or (
-        script in ("prepare", "pairs") and "--dataset=" in done.stdout
-    )
+    assert (code, err) == (0, "") and name in out and "options (as --NAME=VALUE" in out
+    assert ("--dataset=" if script in ("prepare", "pairs") else "--out_dir=") in out
 
 
 def test_what_is_no_command_says_what_to_run():
@@ -137,8 +144,9 @@ def test_an_out_dir_that_a_config_computes_is_one_folder(tiny, call):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_prints_the_resume_command(tiny, number):
-    line = [sys.executable, REPO / "train.py", *TINY, "--max_iters=100000", "--log_interval=1"]
+    line = command_line("train", *TINY, "--max_iters=100000", "--log_interval=1")
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options["env"] = environment()
     options["preexec_fn"] = lambda: signal.signal(number, signal.SIG_DFL)  # also under nohup
     with subprocess.Popen(line, **options) as run:
         while "step 5/" not in run.stdout.readline():
@@ -154,12 +162,13 @@ def test_a_signal_saves_and_prints_the_resume_command(tiny, number):
 
 def test_a_reader_that_leaves_early(tiny, call):
     call("train", *TINY)
+    options = {"shell": True, "capture_output": True, "env": environment()}
     line = f"{sys.executable} {REPO}/sample.py --num_samples=50 --device=cpu | head -c 20"
-    done = subprocess.run(line, shell=True, capture_output=True)
+    done = subprocess.run(line, **options)
     assert done.stderr == b"" and len(done.stdout) == 20
     train = f"{sys.executable} {REPO}/train.py {' '.join(TINY)} --max_iters=5000 --log_interval=1"
     train += " --overwrite=true"
-    done = subprocess.run(f"({train}; echo $? >code) | head -n 5", shell=True, capture_output=True)
+    done = subprocess.run(f"({train}; echo $? >code) | head -n 5", **options)
     assert b"\nerror: nobody reads" in done.stderr and Path("code").read_text() == "1\n"
 
 

@@ -103,6 +103,7 @@ def test_a_study_predicts_and_then_makes_the_largest_run(made, call):
 def test_a_run_that_fails_ends_the_study_with_its_reason(tiny, call, monkeypatch):
     monkeypatch.setattr(study, "RATES", {"learning_rate": -1.0})
     monkeypatch.setattr(study, "SIZES", ((2, 32),))
+    monkeypatch.setattr(study, "FACTORS", (1.0,))
     code, _, err = call("scaling", "--dataset=tiny", "--smallest=1e9")
     assert code == 2 and is_one_error_line(err) and "ended with code 2" in err
     assert "learning_rate" in err
