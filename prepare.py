@@ -15,6 +15,7 @@ the meta.pkl of a dataset that nanoGPT prepared. In .jsonl a line is {"text": ..
 import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
 import dataclasses
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -74,6 +75,8 @@ def main(argv: list[str]) -> int:
     if config.tokenizer and make != from_text:
         given = config.input or config.dataset
         raise InputError(f"tokenizer={config.tokenizer}: {given} has its own; leave it out")
+    if os.path.realpath(config.input) in map(os.path.realpath, dataset_files.paths(folder)):
+        raise InputError(f"input={config.input} is a file of the dataset that would be made of it")
     source = make(config)
     with file_lock(folder):
         meta = up_to_date(folder, source, config.overwrite)

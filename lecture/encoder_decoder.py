@@ -265,6 +265,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=N_STEPS, help=f"of training ({N_STEPS})")
     parser.add_argument("--picture", type=Path, help="draw the cross-attention of a date to a PNG")
     args = parser.parse_args(argv)
+    picture = args.picture
+    if args.steps < 1:
+        parser.exit(2, f"error: --steps={args.steps}: at least 1\n")
+    if picture and (picture.suffix != ".png" or picture.exists() or not picture.parent.is_dir()):
+        parser.exit(2, f"error: --picture={picture}: give the name of a new file, NAME.png\n")
     torch.manual_seed(args.seed)
     random.seed(args.seed)
     train_pairs, held_out = make_dates(seed=1337)
@@ -276,8 +281,8 @@ def main(argv: list[str]) -> int:
     print(f"{right:.2%} of {len(held_out):,} held-out dates right, after {seconds:.0f} s")
     words, iso = held_out[0]
     print(f"{words} -> {decode(model.translate(encode([words]), 11)[0].tolist())}")
-    if args.picture:
-        draw(model, words, iso, args.picture)
+    if picture:
+        draw(model, words, iso, picture)
     return 0
 
 

@@ -150,6 +150,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("text", type=Path, nargs="?", default=default, help=f"default: {default}")
     path = parser.parse_args(argv).text
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no regular file")
         text = path.read_text(encoding="utf-8")
         if len(text) <= 10 * BLOCK_SIZE:
             raise ValueError(f"{len(text)} characters are too few for a BLOCK_SIZE of {BLOCK_SIZE}")

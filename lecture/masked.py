@@ -128,7 +128,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=1337, help="of weights and batches")
     parser.add_argument("--steps", type=int, default=N_STEPS, help=f"of training ({N_STEPS})")
     args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.exit(2, f"error: --steps={args.steps}: at least 1\n")
     try:
+        if args.text.exists() and not args.text.is_file():
+            raise ValueError("it is no regular file")
         text = args.text.read_text(encoding="utf-8")
         if len(text) < 100 * T:
             raise ValueError(f"{len(text)} characters are too few, take at least {100 * T}")

@@ -61,6 +61,8 @@ def split(ids):
 
 def open_splits(path: Path):
     """-> the ids of train, the ids of val, the tokenizer. Raises OSError or ValueError."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
     text = path.read_text(encoding="utf-8")
     tokenizer = CharTokenizer(text)
     if len(tokenizer.chars) > MAX_VOCAB_SIZE:

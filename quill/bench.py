@@ -35,7 +35,7 @@ import train
 from model import GPT, MAX_LOGITS, Block
 from quill import settings
 from quill.data import dataset_files
-from quill.errors import InputError, reader_may_leave, run_command
+from quill.errors import InputError, print_note, reader_may_leave, run_command
 from quill.files import atomic_write, dataset_folder, refuse_to_replace
 from quill.sampling.decoder import Decoder
 from quill.settings import option
@@ -58,6 +58,7 @@ AS_ON_A_GPU = {
     # A mask of one byte a number.
     "dropout": lambda x, p, *_: torch.native_dropout(x, p, True)[0] if p else x,
 }
+MANY_LAYERS = 50
 MAX_TOKENS = 2**24  # in a micro-step; its loss is planned part by part, which takes time as well
 # In a loss that is not compiled, at the highest moment: in bfloat16, float32, its log-probability
 # and its gradient.
@@ -211,6 +212,8 @@ def plan(config: BenchConfig) -> dict:
             f"batch_size={config.batch_size}, block_size={config.block_size}: {n_tokens:,} tokens "
             f"in a micro-step of one device; at most {MAX_TOKENS:,} can be planned"
         )
+    if config.n_layer > MANY_LAYERS:
+        print_note(f"planning {config.n_layer:,} layers, about a second for each")
     vocab_size = config.vocab_size or _vocabulary_of(config.dataset)
     with FakeTensorMode():  # tensors with shapes, without memory
         model = build(config_from_options(config, vocab_size))

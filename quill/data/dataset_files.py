@@ -66,6 +66,11 @@ def write(folder: Path, chunks: Iterable[tuple], is_masked: bool = False, **desc
     return meta
 
 
+def paths(folder: Path) -> list[Path]:
+    """All files that a dataset may have."""
+    return _paths(folder, [*SPLITS, *MASKS])
+
+
 def _paths(folder: Path, names: Iterable[str]) -> list[Path]:
     return [*(folder / f"{name}.bin" for name in names), folder / "meta.json"]
 

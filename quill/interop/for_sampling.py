@@ -42,8 +42,12 @@ def load_for_sampling(config) -> tuple[Pretrained, Tokenizer]:
             "prepared with the same"
         )
     if tokenizer.vocab_size > loaded.config.vocab_size:
+        owner = f"dataset {config.dataset!r}"
+        if given is None:
+            name = config.out_dir if config.init_from == "resume" else config.init_from
+            owner = f"{name}: its tokenizer"
         raise InputError(
-            f"dataset {config.dataset!r} has {tokenizer.vocab_size:,} tokens, more than the "
-            f"{loaded.config.vocab_size:,} of the model: it is not what that was trained on"
+            f"{owner} has {tokenizer.vocab_size:,} tokens, more than the "
+            f"{loaded.config.vocab_size:,} of the model, which was trained with another"
         )
     return loaded, tokenizer

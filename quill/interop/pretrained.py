@@ -58,6 +58,7 @@ class Pretrained:
     tokenizer: Tokenizer | None  # None where the source has none
     reverses_answers: bool = False  # see quill.data.problems
     dataset: str | None = None  # that they were trained on, by name, where the source says it
+    text_sha256: str | None = None  # of that dataset's text
 
     def build(self) -> nn.Module:
         model = models.build(self.config)
@@ -144,7 +145,8 @@ def from_run(path: Path) -> Pretrained:
     tokenizer = from_json(spec, str(path))
     dataset = contents["config"].get("dataset")
     dataset = dataset if isinstance(dataset, str) else None
-    return Pretrained(config, weights, tokenizer, reverses_answers(spec), dataset)
+    text = contents.get("text_sha256")
+    return Pretrained(config, weights, tokenizer, reverses_answers(spec), dataset, text)
 
 
 def from_nanogpt(path: Path) -> Pretrained:

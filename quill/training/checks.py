@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from quill.data import problems, tokenizers
-from quill.errors import InputError, blames_input
+from quill.errors import InputError, blames_input, print_note
 from quill.training import devices, distributed
 from quill.training.checkpoint import LATEST, differences
 from quill.training.models import BigramConfig, config_from_dict, config_to_dict, count_parameters
@@ -114,7 +114,10 @@ def way_to_dataset(saved: dict, out_dir: Path, now_named: str) -> str:
 
 
 def check_tokenizer(dataset: str, data, loaded, name: str) -> None:
-    """Raises InputError when the weights, loaded from `name`, are for another tokenizer."""
+    """Raises InputError when the weights, loaded from `name`, are for another tokenizer.
+
+    Where they are of a dataset of that name, but with another text, a line on stderr says so.
+    """
     if loaded.tokenizer is not None and loaded.tokenizer.to_json() != data.tokenizer.to_json():
         raise InputError(
             f"dataset {dataset!r} has another tokenizer than {name}: "
@@ -125,6 +128,9 @@ def check_tokenizer(dataset: str, data, loaded, name: str) -> None:
             f"dataset {dataset!r} has {data.meta.vocab_size:,} tokens, more than the "
             f"{loaded.config.vocab_size:,} of {name}"
         )
+    is_other = loaded.text_sha256 not in (None, data.meta.sha256)
+    if is_other and loaded.dataset == dataset and distributed.is_main():
+        print_note(f"dataset {dataset!r} has another text now than when {name} was trained on it")
 
 
 def check_memory(model_config, device: torch.device) -> None:

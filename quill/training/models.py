@@ -74,7 +74,7 @@ def config_from_dict(values: dict) -> GPTConfig | BigramConfig:
     """Undoes `config_to_dict`. Raises TypeError or ValueError where it is not such a dict."""
     kind = values.get("model", "gpt")  # older checkpoints do not say it
     if kind not in ("gpt", "bigram"):
-        raise ValueError(f"model={kind!r} is neither 'gpt' nor 'bigram'")
+        raise ValueError(f"model={kind!r} is neither 'gpt' nor 'bigram', which predict tokens")
     # Which checks the values; in older checkpoints a bigram has all of these fields.
     config = GPTConfig(**{name: value for name, value in values.items() if name != "model"})
     return config if kind == "gpt" else BigramConfig(config.block_size, config.vocab_size)

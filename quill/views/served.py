@@ -62,7 +62,9 @@ class Served:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def check_n_texts(self, n: int, param: str) -> None:
-        if not 1 <= n <= self.limits.texts:
+        if n == 0:
+            raise ApiError(400, "the prompt is empty", param=param)
+        if n > self.limits.texts:
             raise ApiError(400, f"a request is for 1 to {self.limits.texts} texts", param=param)
 
     def check_n_tokens(self, n: int) -> None:

@@ -60,6 +60,15 @@ def test_again_says_up_to_date_and_a_change_is_prepared_anew(folder, call):
     prepare_anew(call, *argv, "--tokenizer=byte")
 
 
+def test_a_text_is_not_replaced_by_its_own_dataset(folder, call):
+    Path("data/own").mkdir(parents=True)
+    Path("data/own/val.bin").write_text("a text of some words " * 20)
+    argv = ["own", "--input=data/own/val.bin", "--overwrite=true"]
+    code, _, err = call("prepare", *argv)
+    assert code == 2 and is_one_error_line(err) and "is a file of the dataset" in err
+    assert Path("data/own/val.bin").read_text().startswith("a text")
+
+
 def prepare_anew(call, *argv):
     """It takes --overwrite=true where there is another dataset, or a damaged one."""
     before = {path: path.read_bytes() for path in Path("data").rglob("*") if path.is_file()}

@@ -92,6 +92,16 @@ def test_where_weights_were_trained_is_asked_for_if_they_do_not_say_it(tiny, cal
     assert code == 0 and "nano.pt on tiny: val loss" in out
 
 
+def test_a_text_that_was_replaced_is_told(tiny, call):
+    call("train", *TINY)
+    assert call("evaluate")[2] == ""
+    Path("more.txt").write_text(Path("text.txt").read_text() * 2)
+    call("prepare", "tiny", "--input=more.txt", "--overwrite=true")
+    code, out, err = call("evaluate")
+    assert code == 0 and "out on tiny" in out
+    assert err == "dataset 'tiny' has another text now than when out was trained on it\n"
+
+
 def student(*flags: str) -> train.Run:
     flags = [*TINY, "--grad_clip=0", "--out_dir=new", *flags]
     return train.setup(settings.load(train.TrainConfig, flags, usage=""))

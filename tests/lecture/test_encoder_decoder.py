@@ -164,3 +164,15 @@ def test_it_trains_and_draws(folder, capsys, monkeypatch):
     assert lecture.main(["--steps=2", "--picture=attention.png"]) == 0
     assert "held-out dates right" in capsys.readouterr().out
     assert Path("attention.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "flag", ["--steps=0", "--picture=there.png", "--picture=new.txt", "--picture=nowhere/new.png"]
+)
+def test_what_cannot_be_done_is_said_before_the_training(folder, capsys, flag):
+    Path("there.png").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        lecture.main([flag])
+    name, _, value = flag.partition("=")
+    assert stop.value.code == 2 and f"error: {name}={value}: " in capsys.readouterr().err
+    assert Path("there.png").read_text() == "mine"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lecture import masked
+from lecture import gpt, masked, spelled_out
 from lecture.masked import GAP, Encoder, T
 
 
@@ -59,8 +60,11 @@ def test_it_trains_on_a_text_and_says_what_it_cannot_read(folder, text, capsys):
     Path("text.txt").write_text(text, encoding="utf-8")
     assert masked.main(["text.txt", "--steps=2"]) == 0
     assert capsys.readouterr().out.count("nats per masked character") == 2
-    for name, content in (("short.txt", b"too short"), ("bytes.txt", b"\xff" * 9999)):
-        Path(name).write_bytes(content)
-        with pytest.raises(SystemExit) as stop:
-            masked.main([name])
-        assert stop.value.code == 2 and name in capsys.readouterr().err
+    Path("short.txt").write_text("too short")
+    Path("bytes.txt").write_bytes(b"\xff" * 9999)
+    os.mkfifo("pipe")
+    for lecture in (masked, gpt, spelled_out):
+        for name in ("short.txt", "bytes.txt", "pipe"):
+            with pytest.raises(SystemExit) as stop:
+                lecture.main([name])
+            assert stop.value.code == 2 and f"error: {name}: " in capsys.readouterr().err
