@@ -45,6 +45,7 @@ def main(argv: list[str]) -> int:
         model = loaded.build().eval().to(device)
         data = open_splits(dataset, model.config.block_size, device)
         checks.check_tokenizer(dataset, data, loaded, name)
+        checks.note_replaced_text(dataset, data, loaded, name)
         started = time.perf_counter()
         loss, exact = evaluate_split(model, data.val, config.batch_size, dtype)
     seconds = time.perf_counter() - started

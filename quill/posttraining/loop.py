@@ -83,7 +83,10 @@ class Loop:
         self.dtype = devices.pick_dtype(config.dtype, self.device)
         devices.set_up_device(self.device, deterministic=False, dropout=0.0)
         self.data = open_splits(config.dataset, start.config.block_size, self.device)
-        checks.check_tokenizer(config.dataset, self.data, start, config.start_from)
+        names = config.dataset, self.data, start, config.start_from
+        checks.check_tokenizer(*names)
+        if saved is None:  # a resume compares the run's own
+            checks.note_replaced_text(*names)
         torch.manual_seed(config.seed)
         # The digests of what the run is made of, by the options that name it; a task adds its own.
         self.made_of = {"start_from": state_dict.digest(start.weights)}

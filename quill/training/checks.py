@@ -114,10 +114,7 @@ def way_to_dataset(saved: dict, out_dir: Path, now_named: str) -> str:
 
 
 def check_tokenizer(dataset: str, data, loaded, name: str) -> None:
-    """Raises InputError when the weights, loaded from `name`, are for another tokenizer.
-
-    Where they are of a dataset of that name, but with another text, a line on stderr says so.
-    """
+    """Raises InputError when the weights, loaded from `name`, are for another tokenizer."""
     if loaded.tokenizer is not None and loaded.tokenizer.to_json() != data.tokenizer.to_json():
         raise InputError(
             f"dataset {dataset!r} has another tokenizer than {name}: "
@@ -128,8 +125,11 @@ def check_tokenizer(dataset: str, data, loaded, name: str) -> None:
             f"dataset {dataset!r} has {data.meta.vocab_size:,} tokens, more than the "
             f"{loaded.config.vocab_size:,} of {name}"
         )
-    is_other = loaded.text_sha256 not in (None, data.meta.sha256)
-    if is_other and loaded.dataset == dataset and distributed.is_main():
+
+
+def note_replaced_text(dataset: str, data, loaded, name: str) -> None:
+    """Say it on stderr where the dataset has not the text any more that `name` was trained on."""
+    if loaded.dataset == dataset and loaded.text_sha256 not in (None, data.meta.sha256):
         print_note(f"dataset {dataset!r} has another text now than when {name} was trained on it")
 
 
