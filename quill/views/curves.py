@@ -102,9 +102,14 @@ def draw_kl(runs: dict[str, list[dict]]):
 
 
 def draw_time(runs: dict[str, list[dict]]):
-    """A figure of each run's val loss against the seconds of its training."""
-    figure, (axes,) = new_lines(runs, "seconds", ["val_loss"])
+    """A figure of each run's val loss against the seconds of its training, after step 0."""
+    from matplotlib.ticker import LogFormatter
+
+    trained = {name: [r for r in records if r["step"] > 0] for name, records in runs.items()}
+    figure, (axes,) = new_lines(trained, "seconds", ["val_loss"])
     axes.set(xlabel="seconds", ylabel="val loss (nats per token)", xscale="log")
+    axes.xaxis.set_major_formatter(LogFormatter())  # plain numbers
+    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     return figure
 
 

@@ -87,7 +87,7 @@ def test_scores_over_the_distance_from_the_start(folder, call):
     assert code == 0 and written(out)[0] == Path("rl/kl.png") and Path("rl/kl.svg").exists()
     code, out, _ = call("plot", "--out_dir=rl,plain", "--pictures=time")
     assert code == 0 and written(out)[0] == Path("rl/time.png")
-    timed = [{"seconds": 2.5, "val_loss": 2.0}, {"seconds": 5.0, "loss": 1.0}]
+    timed = [{"step": 1, "seconds": 2.5, "val_loss": 2.0}, {"step": 2, "seconds": 5.0, "loss": 1.0}]
     [axes] = curves.draw_time({"a": timed}).axes
     assert axes.lines[0].get_xydata().tolist() == [[2.5, 2.0]]
     code, _, err = call("plot", "--out_dir=plain", "--pictures=kl")
