@@ -150,9 +150,9 @@ class Study:
         about as many tokens a parameter.
         """
         budget = AHEAD * self.budgets[-1]
-        tuned = self.best([self.plan(size, self.middle, factors[size]) for size in SIZES], law)
+        tuned = best_of([self.plan(size, self.middle, factors[size]) for size in SIZES], law)
         sizes = (*SIZES, *LARGER_SIZES)
-        plan = self.best([self.plan(size, budget, tuned.factor) for size in sizes], law)
+        plan = best_of([self.plan(size, budget, tuned.factor) for size in sizes], law)
         path = self.folder / "prediction.json"
         if not path.exists():
             losses = [one.loss(plan.n_parameters, plan.n_tokens) for one in (law, *others)]
@@ -171,9 +171,6 @@ class Study:
         if run != plan.name:
             raise InputError(f"{path} is of {run}, not of {plan.name}: remove it")
         return plan, f"{loss:.4f} ({low:.4f} to {high:.4f})"
-
-    def best(self, plans: list[Plan], law) -> Plan:
-        return min(plans, key=lambda plan: law.loss(plan.n_parameters, plan.n_tokens))
 
     def make_all(self, plans: list[Plan]) -> list[Run]:
         """Those that are not finished are made, a few at a time."""
@@ -227,6 +224,10 @@ class Study:
         if plan.n_steps not in losses:
             return None
         return Run(plan.budget, plan.n_parameters, plan.n_tokens, losses[plan.n_steps])
+
+
+def best_of(plans: list[Plan], law: scaling.Law) -> Plan:
+    return min(plans, key=lambda plan: law.loss(plan.n_parameters, plan.n_tokens))
 
 
 if __name__ == "__main__":

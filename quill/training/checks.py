@@ -51,7 +51,7 @@ def pick_cuda_graph(setting: bool | str, device: torch.device, dtype: torch.dtyp
 
 
 def check_lora(rank: int, model_config, has_weights: bool) -> None:
-    """Raises InputError where there is nothing to adapt, or nothing is saved by it."""
+    """Raises InputError where there is nothing to adapt, or where adapters would be no smaller."""
     if isinstance(model_config, BigramConfig):
         raise InputError("lora_rank: a bigram has no blocks to adapt; leave it out")
     if rank > model_config.n_embd:
@@ -66,9 +66,9 @@ def check_resume(config, data, model_config, saved: dict) -> None:
     model_config: what the options say; None where they say nothing of the model.
     """
     path = Path(config.out_dir, LATEST)
-    trained = {"optimizer": "", "lora_rank": 0}  # with what such a run or checkpoint has without
-    then = {name: saved["config"].get(name, value) for name, value in trained.items()}
-    now = {name: getattr(config, name, value) for name, value in trained.items()}
+    defaults = {"optimizer": "", "lora_rank": 0}  # quill.reward has no adapters
+    then = {name: saved["config"].get(name, value) for name, value in defaults.items()}
+    now = {name: getattr(config, name, value) for name, value in defaults.items()}
     if model_config is not None:
         kinds = ValueError, TypeError, LookupError
         with blames_input(f"{path} is not usable for a resume", *kinds):
