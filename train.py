@@ -153,8 +153,7 @@ def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | No
     torch.manual_seed(config.seed)
     model = build(model_config)
     if config.lora_rank:
-        has_weights = weights is not None or saved is not None
-        checks.check_lora(config.lora_rank, model_config, has_weights)
+        checks.check_lora(config.lora_rank, model_config, (start or saved) is not None)
         lora.add_adapters(model, config.lora_rank)
     compile_mode = config.compile_mode if compiles else None
     forward = distributed.wrap(model, device, config.parallel, compile_mode)

@@ -213,7 +213,7 @@ def plan(config: BenchConfig) -> dict:
             f"in a micro-step of one device; at most {MAX_TOKENS:,} can be planned"
         )
     if config.n_layer > MANY_LAYERS:
-        print_note(f"planning {config.n_layer:,} layers, about a second for each")
+        print_note(f"planning {config.n_layer:,} layers, a few seconds for each")
     vocab_size = config.vocab_size or _vocabulary_of(config.dataset)
     with FakeTensorMode():  # tensors with shapes, without memory
         model = build(config_from_options(config, vocab_size))

@@ -52,10 +52,7 @@ def read_curve(folder: Path) -> tuple[list[int], list[float]]:
 
 
 def header_of(folders: list[Path]) -> dict:
-    """Raises InputError where two runs differ in more than their seed, or not even in that.
-
-    A forged checkpoint may have any plain values as options.
-    """
+    """Raises InputError where two runs differ in more than their seed, or not even in that."""
     if len(folders) < 2:
         raise InputError("--out_dir: give the folders of several runs, separated by commas")
     headers, seeds = [], []

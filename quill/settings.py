@@ -120,15 +120,17 @@ def run_program(path: str, what: str) -> dict:
     """
     if Path(path).exists() and not Path(path).is_file():
         raise InputError(f"{path} is a folder or pipe, no {what}; options are --NAME=VALUE")
+    module = types.ModuleType(f"<{path}>")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # dataclasses look there
     with blames_program(path, f"{what} {path}"):
         source = Path(path).read_bytes()
-        if b"\0" in source:
-            raise InputError("not a text; a checkpoint is given by --init_from or --out_dir")
-        module = types.ModuleType(f"<{path}>")
-        module.__file__ = path
-        sys.modules[module.__name__] = module  # dataclasses look there
-        exec(compile(source, path, "exec"), vars(module))
-    return vars(module)
+        if b"\0" not in source:
+            exec(compile(source, path, "exec"), vars(module))
+            return vars(module)
+    raise InputError(
+        f"{what} {path}: not a text; a checkpoint is given by --init_from or --out_dir"
+    )
 
 
 def _read_config_file(path: str) -> dict:

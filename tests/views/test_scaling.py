@@ -109,6 +109,14 @@ def test_a_run_that_fails_ends_the_study_with_its_reason(tiny, call, monkeypatch
     assert "learning_rate" in err
 
 
+def test_runs_that_follow_no_law_are_told(made, call, monkeypatch):
+    worse_with_all = Law(1.0, -30.0, -200.0, 0.4, 0.45)
+    monkeypatch.setitem(globals(), "TRUE", worse_with_all)
+    code, _, err = call("scaling", "--dataset=tiny", "--seeds=1", "--budgets=2", "--jobs=1")
+    assert code == 1 and is_one_error_line(err) and "give larger budgets" in err
+    assert not Path("out-scaling/tiny/prediction.json").exists()
+
+
 @pytest.mark.slow
 def test_a_study_that_is_told_to_end_stops_its_runs(tiny):
     flags = ["--dataset=tiny", "--smallest=1e13", "--jobs=2"]
