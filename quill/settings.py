@@ -118,15 +118,20 @@ def run_program(path: str, what: str) -> dict:
     Only source text is run: runpy would also run what is in an archive, as checkpoints are. Raises
     InputError for anything else, and for whatever the program raises.
     """
-    if Path(path).exists() and not Path(path).is_file():
+    with blames_program(path, f"{what} {path}"):  # of a name that no file can have
+        is_special = Path(path).exists() and not Path(path).is_file()
+    if is_special:
         raise InputError(f"{path} is a folder or pipe, no {what}; options are --NAME=VALUE")
     module = types.ModuleType(f"<{path}>")
     module.__file__ = path
-    sys.modules[module.__name__] = module  # dataclasses look there
     with blames_program(path, f"{what} {path}"):
         source = Path(path).read_bytes()
         if b"\0" not in source:
-            exec(compile(source, path, "exec"), vars(module))
+            sys.modules[module.__name__] = module  # where dataclasses look while it runs
+            try:
+                exec(compile(source, path, "exec"), vars(module))
+            finally:
+                sys.modules.pop(module.__name__, None)
             return vars(module)
     raise InputError(
         f"{what} {path}: not a text; a checkpoint is given by --init_from or --out_dir"
