@@ -97,7 +97,8 @@ def describe_os_error(error: OSError) -> str:
 
 def print_error(message: str) -> None:
     over_progress = "\r\x1b[K" if sys.stderr.isatty() else ""
-    print_note(f"{over_progress}error: {' '.join(message.split())}")
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    print_note(f"{over_progress}error: {line}")
 
 
 def print_note(text: str) -> None:

@@ -185,8 +185,8 @@ def dataset_folder(name: str) -> Path:
     """`data/<name>`; raises `InputError` for a name that is not a plain folder name."""
     if not re.fullmatch(r"\w[\w.-]{0,99}", name):
         raise InputError(
-            f"dataset {name[:100]!r}: give a plain folder name (letters, digits, '_', '-', '.'); "
-            "it is looked up in data/"
+            f"dataset {name[:100]!r}: give a plain folder name below data/, of at most 100 "
+            "letters, digits, '_', '-' or '.', which begins with a letter, a digit or '_'"
         )
     return Path("data") / name
 

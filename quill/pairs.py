@@ -52,6 +52,7 @@ def main(argv: list[str]) -> int:
     dataset = config.dataset or loaded.dataset or ""
     data = open_splits(dataset, loaded.config.block_size, device)
     checks.check_tokenizer(dataset, data, loaded, config.start_from)
+    checks.note_replaced_text(dataset, data, loaded, config.start_from)
     prompts = prompts_of(data.train, config.prompt_tokens)
     decoder = Decoder(loaded.build().eval().to(device), data.tokenizer.vocab_size)
     n_written = n_equal = step = 0

@@ -137,6 +137,9 @@ def from_folder(out_dir: Path) -> Pretrained:
 def from_run(path: Path) -> Pretrained:
     """A checkpoint of Quill; raises InputError when it is missing or not usable."""
     contents = checkpoint.load_checkpoint(path)
+    kind = contents["model_config"].get("model", "gpt")
+    if kind not in models.KINDS:
+        raise InputError(f"{path} holds a model of kind {kind!r:.100}, which predicts no tokens")
     with blames_input(f"{path}: its weights and its model config disagree", *checkpoint.MISFITS):
         config = models.config_from_dict(contents["model_config"])
         weights = lora.merged(contents["model"])

@@ -26,7 +26,7 @@ import torch
 
 from model import GPTConfig
 from quill import settings
-from quill.errors import EXIT_DONE, InputError, RunError, Stopped, stop_signals
+from quill.errors import EXIT_DONE, InputError, RunError, Stopped, blames_input, stop_signals
 from quill.files import file_lock
 from quill.interop import pretrained
 from quill.interop.pretrained import Pretrained
@@ -281,7 +281,8 @@ def load_start(config: LoopOptions) -> Pretrained:
         raise InputError(
             f"out_dir={config.out_dir} is the run that it starts from: choose another folder"
         )
-    start = pretrained.load(config.start_from)
+    with blames_input("start_from", InputError):  # which a resume has from the checkpoint
+        start = pretrained.load(config.start_from)
     if isinstance(start.config, GPTConfig):  # what it writes is drawn from what is trained
         start = dataclasses.replace(start, config=dataclasses.replace(start.config, dropout=0.0))
     return start

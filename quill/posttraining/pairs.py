@@ -51,6 +51,8 @@ def read(path: Path, tokenizer: Tokenizer, block_size: int) -> tuple[Pairs, Pair
                 texts = [record[name] for name in NAMES]
                 if not all(type(text) is str for text in texts):
                     raise ValueError("prompt, chosen and rejected are not texts")
+                if texts[1] == texts[2]:
+                    raise ValueError("chosen and rejected are the same")
                 prompt, *both = map(tokenizer.encode, texts)
                 room = block_size + 1 - len(prompt)
                 if not len(prompt) or not 0 < max(map(len, both)) <= room:

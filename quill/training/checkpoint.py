@@ -4,6 +4,7 @@
 are zip archives of torch.save; the archive's comment, at the very end, is the SHA-256 of the rest.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -100,7 +101,7 @@ def load_checkpoint(path: Path, *, for_resume: bool = False) -> dict:
         if not is_whole(path):
             raise DamagedError(
                 f"{path} is damaged, or not a checkpoint of this Quill (its checksum is missing or "
-                "differs): restore it from a copy, or train again"
+                f"differs): restore it from a copy, or train again{_way_on_beside(path)}"
             )
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing: train first, or check --out_dir") from None
@@ -115,6 +116,15 @@ def load_checkpoint(path: Path, *, for_resume: bool = False) -> dict:
     if wrong:
         raise InputError(f"{path} is not a usable checkpoint: {', '.join(wrong)} missing or broken")
     return contents
+
+
+def _way_on_beside(damaged: Path) -> str:
+    """Advice to use another checkpoint of the folder, where a whole one is left."""
+    for path in (damaged.with_name(BEST), damaged.with_name(LATEST)):
+        with contextlib.suppress(OSError, InputError):
+            if is_whole(path):
+                return f", or use the weights of {path} (--init_from={path})"
+    return ""
 
 
 def read_archive(path: Path, with_tensors: tuple[str, ...]) -> dict:

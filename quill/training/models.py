@@ -9,6 +9,8 @@ from torch import nn
 from model import GPT, GPTConfig, cross_entropy
 from quill.errors import InputError
 
+KINDS = ("gpt", "bigram")
+
 
 @dataclasses.dataclass(frozen=True)
 class BigramConfig:
@@ -73,8 +75,8 @@ def config_to_dict(config: GPTConfig | BigramConfig) -> dict:
 def config_from_dict(values: dict) -> GPTConfig | BigramConfig:
     """Undoes `config_to_dict`. Raises TypeError or ValueError where it is not such a dict."""
     kind = values.get("model", "gpt")  # older checkpoints do not say it
-    if kind not in ("gpt", "bigram"):
-        raise ValueError(f"model={kind!r} is neither 'gpt' nor 'bigram', which predict tokens")
+    if kind not in KINDS:
+        raise ValueError(f"model={kind!r} is none of {KINDS}")
     # Which checks the values; in older checkpoints a bigram has all of these fields.
     config = GPTConfig(**{name: value for name, value in values.items() if name != "model"})
     return config if kind == "gpt" else BigramConfig(config.block_size, config.vocab_size)
@@ -109,5 +111,10 @@ def check_weights(config: GPTConfig | BigramConfig, weights: dict) -> None:
     """Raises an error, ValueError or another, when they are not the weights of such a model."""
     if state_shapes(config, len(weights)) != {name: p.shape for name, p in weights.items()}:
         raise ValueError("not the tensors of that model")
+    check_finite(weights)
+
+
+def check_finite(weights: dict) -> None:
+    """Raises ValueError where a number of these tensors is not finite."""
     if not all(p.isfinite().all() for p in weights.values()):
         raise ValueError("a weight is not finite")

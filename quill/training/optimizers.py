@@ -155,11 +155,15 @@ def set_lr(optimizers: list, config: OptimizerOptions, step: int) -> None:
 
 
 def misfits_of_schedule(config: OptimizerOptions) -> list[str]:
-    """In words, what of the learning rate's schedule lies beyond the end of the run."""
+    """In words, what is odd about the learning rate's schedule, in a run of so many steps."""
     n, warmup = config.max_iters, config.warmup_iters
     end = config.lr_decay_iters or n
     if config.lr_schedule == "constant" or not config.decay_lr or n == 0:
         return []
+    if config.min_lr > config.learning_rate:
+        return [
+            f"min_lr={config.min_lr} is above learning_rate={config.learning_rate}: it will rise"
+        ]
     if warmup >= min(n, end):
         return [f"warmup_iters={warmup} leaves no step of {min(n, end)} at the full learning rate"]
     if end > n:

@@ -13,11 +13,10 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from quill.errors import InputError
-from quill.training import distributed, lora
+from quill.training import distributed, lora, models
 from quill.training.checkpoint import MISFITS, Progress
 from quill.training.devices import is_out_of_memory
 from quill.training.ema import EMA
-from quill.training.models import config_to_dict
 from quill.training.nonfinite import LossScaler, NonFiniteGuard
 
 
@@ -49,7 +48,7 @@ def weights_and_config(run, model_config: dict | None = None) -> dict:
     """
     return {
         "model": model_state_dict(run.model),
-        "model_config": model_config or config_to_dict(run.model.config),
+        "model_config": model_config or models.config_to_dict(run.model.config),
         "config": dataclasses.asdict(run.config),
         "tokenizer": run.data.meta.tokenizer,
         "step": run.progress.step,
@@ -84,6 +83,8 @@ def load_training_state(
         if ema.average and saved["average"]:
             load_tensors(ema.average, saved["average"])
         progress = Progress.from_checkpoint(saved)
+        if len(saved["optimizers"]) != len(optimizers):
+            raise ValueError("its optimizer state does not fit the model")
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             load_optimizer_state(optimizer, state, has_stepped=progress.step > 0)
         if not all(type(x) in (int, float) and x >= 0 for x in saved["scaler"].values()):
@@ -103,6 +104,7 @@ def load_model_state_dict(model: torch.nn.Module, weights: dict) -> None:
     weights = lora.fitted(model, weights)
     if model.state_dict().keys() != weights.keys():
         raise ValueError("its weights are not the model's")
+    models.check_finite(weights)
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
 
 

@@ -259,6 +259,7 @@ def write(path: str, content: str | bytes):
         ([], lambda: flip_a_bit("data/tiny/meta.json"), "meta.json"),
         (["--dropout=1.5"], None, "dropout=1.5"),
         (["--batch_size=0"], None, "batch_size=0"),
+        (["--init_from=a\x1b[2Jb"], None, r"a\x1b[2Jb: there is no such file or folder"),
         (["--init_from=elsewhere"], None, "elsewhere: there is no such file or folder"),
     ],
 )

@@ -7,6 +7,7 @@ Each fault has a short form, and a long one (`--run-slow`) that prints what docs
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import random
@@ -331,6 +332,34 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tiny, call):
         Path("parts", name).write_bytes(b"")
     code, _, err = call("train", "--out_dir=parts", "--init_from=auto")
     assert code == 2 and is_one_error_line(err), "both lost: no silent start from scratch"
+    assert "use the weights of parts/best.pt (--init_from=parts/best.pt)" in err
+    start = ["--init_from=parts/best.pt", "--out_dir=new", "--max_iters=1", "--eval_iters=1"]
+    assert call("train", "--dataset=tiny", *start)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda saved: saved["model"]["lm_head.weight"].fill_(math.nan), "a weight is not finite"),
+        (lambda saved: saved["optimizers"].clear(), "its optimizer state does not fit the model"),
+    ],
+)
+def test_a_state_that_no_run_has_left_is_not_resumed(tiny, call, change, said):
+    """Its checksum is right: somebody's program has written it."""
+    call("train", *TINY, "--max_iters=1")
+    saved = copy.deepcopy(load_checkpoint(Path("out/ckpt.pt")))
+    change(saved)
+    checkpoint.save_checkpoint(Path("out/ckpt.pt"), saved)
+    code, _, err = call("train", "--init_from=resume", "--max_iters=2")
+    assert code == 2 and is_one_error_line(err) and said in err
+
+
+def test_a_damaged_best_is_said_with_the_one_that_is_left(tiny, call):
+    call("train", *TINY, "--max_iters=1")
+    Path("out/best.pt").write_bytes(b"")
+    code, _, err = call("sample", "--max_new_tokens=1")
+    assert code == 2 and is_one_error_line(err) and "(--init_from=out/ckpt.pt)" in err
+    assert call("sample", "--max_new_tokens=1", "--init_from=out/ckpt.pt")[0] == 0
 
 
 def test_only_damage_leads_to_the_one_before_and_only_a_run_moves_it(tiny, call):

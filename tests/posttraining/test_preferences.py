@@ -50,7 +50,7 @@ def test_a_reward_model_learns_the_judge_and_trains_a_policy(preferred, call):
     assert last["val_reward"] > first["val_reward"]
     assert last["val_judge"] > first["val_judge"] + 0.5, "which the policy was not told"
     code, _, err = call("sample", "--out_dir=out-reward")
-    assert code == 2 and is_one_error_line(err)
+    assert code == 2 and is_one_error_line(err) and "'reward', which predicts no tokens" in err
 
 
 def test_dpo_prefers_what_the_pairs_prefer(preferred, call):
@@ -112,6 +112,7 @@ def test_the_score_is_that_of_the_last_token(preferred, call):
         ('{"prompt": "1+1=", "chosen": "2", "rejected": "x"}', "'x'"),
         ('{"prompt": "1+1=", "chosen": "2", "rejected": "3333"}', "block_size"),
         ('{"prompt": "", "chosen": "2", "rejected": "3"}', "empty"),
+        ('{"prompt": "1+1=", "chosen": "2", "rejected": "2"}', "the same"),
         ('{"prompt": 1, "chosen": "2", "rejected": "3"}', ""),
         ("[" * 100_000, ""),
     ],
@@ -133,6 +134,7 @@ def test_what_cannot_work_is_one_line(preferred, call):
         (["pairs", "ones.py", "--start_from=nowhere", "--to=new"], "nowhere"),
         (["pairs", "zero.py", "--start_from=out", "--to=new"], "alike"),
         (["dpo", *LOOP, "--pairs=nowhere.jsonl"], "nowhere.jsonl"),
+        (["dpo", *LOOP, "--start_from=nowhere"], "start_from: nowhere"),
         (["reward", *LOOP, "--out_dir=out"], "already holds a run"),
     ):
         code, _, err = call(*argv)

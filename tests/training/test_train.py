@@ -649,6 +649,11 @@ def test_no_warmup_and_no_steps():
     assert rate(0, warmup_iters=0, max_iters=0) == 0.1
 
 
+def test_a_rate_that_rises_instead_of_falling_is_said(tiny, call):
+    code, out, _ = call("train", *TINY, "--learning_rate=1e-5", "--min_lr=1e-4", "--max_iters=1")
+    assert code == 0 and "min_lr=0.0001 is above learning_rate=1e-05" in out
+
+
 @pytest.mark.parametrize(
     ("capabilities", "dtype"),
     [
