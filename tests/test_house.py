@@ -42,11 +42,13 @@ EXTRAS = ("matplotlib", "safetensors", "tokenizers", "wandb", "torch.utils.tenso
 EXTRAS += ("pydantic", "starlette", "uvicorn")
 NOT_EVERYWHERE = ("fcntl", "readline", "resource")  # modules of some operating systems
 # Start-up time: preparing a text and drawing losses need no torch, which takes a second and 200 MB;
-# only a download needs requests, which takes longer than all else that prepares Tiny Shakespeare.
+# only a download needs requests, which takes longer than all else that prepares Tiny
+# Shakespeare; one process alone shards no tensors.
 LAZY = {
     ("prepare.py", "quill.interop.pretrained"),
     ("prepare.py", "quill.data.download"),
     ("quill/data/tokenizers.py", "requests"),
+    ("quill/training/distributed.py", "torch.distributed"),
     ("quill/plot.py", "quill.views"),
     ("quill/serve.py", "quill.views"),  # which imports the extra `web` at the top
 }

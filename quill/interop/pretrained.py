@@ -61,7 +61,8 @@ class Pretrained:
     text_sha256: str | None = None  # of that dataset's text
 
     def build(self) -> nn.Module:
-        model = models.build(self.config)
+        with models.SkipInit():
+            model = models.build(self.config)
         model.load_state_dict(self.weights)
         return model
 

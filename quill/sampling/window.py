@@ -12,7 +12,6 @@ from quill.training.cuda_graph import Recorded
 TOKENS_PER_READ = 16  # for each text, before they are read back, which waits for the GPU
 # PyTorch 2.11 fails to compile the cumulative sums of several rows that are much longer.
 MAX_COMPILED_VOCABULARY = 4096
-plain_sample = torch.compiler.disable(sample)
 
 
 @contextlib.contextmanager
@@ -38,6 +37,8 @@ class Window:
 
     def __init__(self, model: GPT, vocab_size: int, compiled: bool, batch_size: int, **cuts):
         self.model, self.vocab_size, self.cuts = model, vocab_size, cuts
+        is_large = vocab_size > MAX_COMPILED_VOCABULARY
+        self.sample = torch.compiler.disable(sample) if is_large else sample
         self.cache = FixedKVCache(model, batch_size)
         shape, device = (model.config.block_size + 1, batch_size), self.cache.end.device
         self.tokens = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -87,8 +88,7 @@ class Window:
         """Read idx (B, T), which continues the cache, and draw the next token."""
         logits, _ = self.model(idx, cache=self.cache, last_only=True)  # (B, 1, V)
         probs = logits_to_probs(logits[:, -1, : self.vocab_size], **self.cuts)
-        draw = sample if self.vocab_size <= MAX_COMPILED_VOCABULARY else plain_sample
-        new = draw(probs, self.numbers.index_select(0, self.cache.end)[0])  # (B, 1)
+        new = self.sample(probs, self.numbers.index_select(0, self.cache.end)[0])  # (B, 1)
         # Where probabilities are NaN `sample` draws vocab_size, but not when it is compiled.
         new = new.masked_fill(probs[:, :1].isnan(), self.vocab_size)
         self.tokens.index_copy_(0, self.cache.end, new.T)

@@ -123,7 +123,8 @@ def set_up_device(device: torch.device, deterministic: bool, dropout: float) -> 
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS refuses
         torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # it imports the compiler
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def refuse_larger_than_memory(n_parameters: int, sizes: str, device: torch.device) -> None:

@@ -2,6 +2,8 @@
 
 torchrun starts them; environment variables give each its rank. A process that runs alone has world
 size 1, and these functions then do nothing. The processes of a run trust each other.
+
+What shards tensors is imported where it is used: that takes as long as importing torch.
 """
 
 import contextlib
@@ -16,9 +18,6 @@ import uuid
 import torch
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import Block
@@ -209,21 +208,28 @@ def broadcast_object(value):
     return values[0]
 
 
+def is_sharded(tensor) -> bool:
+    """Whether it is a DTensor, of which each process has a part."""
+    return hasattr(tensor, "full_tensor")
+
+
 def full_tensor(tensor):
     """All of a tensor that may be sharded; every process must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def to_local(tensor):
     """The shard of this process, or the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def shard_like(tensor, like):
     """A copy of a full tensor, which every process has, on like's device and sharded as it is."""
     tensor = tensor.to(like.device, copy=True)  # the original may be a memory-mapped file
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+    if not is_sharded(like) or tensor.shape != like.shape:
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
@@ -236,12 +242,15 @@ def wrap(
     2023) a shard of every tensor. compile_mode: of torch.compile, or "blocks", or None to leave it
     out. Blocks are compiled as one, since their code is the same.
     """
-    is_sharded = world_size() > 1 and parallel == "fsdp"
+    shards = world_size() > 1 and parallel == "fsdp"
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if compile_mode is not None:
-        for part in blocks if is_sharded or compile_mode == "blocks" else [model]:
+        for part in blocks if shards or compile_mode == "blocks" else [model]:
             part.compile(mode="default" if compile_mode == "blocks" else compile_mode)
-    if is_sharded:
+    if shards:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
         mesh = init_device_mesh(device.type, (world_size(),))
         for block in blocks:  # gathered one at a time
             fully_shard(block, mesh=mesh)

@@ -5,6 +5,7 @@ import math
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from model import GPT, GPTConfig, cross_entropy
 from quill.errors import InputError
@@ -54,6 +55,19 @@ def build(config: GPTConfig | BigramConfig) -> GPT | Bigram:
     return (Bigram if isinstance(config, BigramConfig) else GPT)(config)
 
 
+class SkipInit(TorchFunctionMode):
+    """In the block nn.init leaves weights as they are, for a model that is given others.
+
+    That saves time, and on the meta device the import of PyTorch's compiler.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def config_from_options(options, vocab_size: int) -> GPTConfig | BigramConfig:
     """The model that train.py's options describe; raises InputError when they do not fit."""
     padded = math.ceil(vocab_size / options.vocab_multiple) * options.vocab_multiple
@@ -84,27 +98,40 @@ def config_from_dict(values: dict) -> GPTConfig | BigramConfig:
 
 def count_parameters(config: GPTConfig | BigramConfig) -> int:
     """All trained numbers of such a model, without allocating it: all layers are of one size."""
-    with torch.device("meta"):
-        if isinstance(config, BigramConfig):
-            return sum(p.numel() for p in Bigram(config).parameters())
-        one, two = (
-            sum(p.numel() for p in GPT(dataclasses.replace(config, n_layer=n)).parameters())
-            for n in (1, 2)
-        )
+    if isinstance(config, BigramConfig):
+        return sum(p.numel() for p in _without_data(config).parameters())
+    one, two = (
+        sum(p.numel() for p in _without_data(dataclasses.replace(config, n_layer=n)).parameters())
+        for n in (1, 2)
+    )
     return one + (config.n_layer - 1) * (two - one)
+
+
+def _without_data(config: GPTConfig | BigramConfig) -> nn.Module:
+    """Such a model, of which nothing is allocated, for the shapes of its weights.
+
+    The table of rotary positions, which is no weight, is left out: PyTorch would import its
+    compiler to make one without data.
+    """
+    is_rotary = getattr(config, "position", None) == "rotary"
+    with torch.device("meta"), SkipInit():
+        if not is_rotary:
+            return build(config)
+        model = build(dataclasses.replace(config, position="learned"))
+    del model.transformer["wpe"]
+    return model
 
 
 def state_shapes(config: GPTConfig | BigramConfig, n_tensors: int) -> dict[str, torch.Size]:
     """The shapes of such a model's state_dict, of which nothing is allocated.
 
-    n_tensors: how many are expected. Raises ValueError for a config that claims far more: a layer
-    has at least four.
+    n_tensors: how many are expected. Raises ValueError for a config of more layers, which would
+    take long.
     """
     n_layer = getattr(config, "n_layer", 0)
     if n_layer > n_tensors:
         raise ValueError(f"n_layer={n_layer} with {n_tensors} tensors")
-    with torch.device("meta"):
-        return {name: p.shape for name, p in build(config).state_dict().items()}
+    return {name: p.shape for name, p in _without_data(config).state_dict().items()}
 
 
 def check_weights(config: GPTConfig | BigramConfig, weights: dict) -> None:

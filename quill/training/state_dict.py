@@ -1,8 +1,7 @@
 """State dicts with full tensors, whatever the number of processes.
 
 All processes call these functions, and save what a run of one process would: copies on the CPU, so
-that they stay as they are while the training goes on. They are apart from checkpoint.py because
-sampling needs no torch.distributed, which takes a second to import.
+that they stay as they are while the training goes on. Sampling needs none of it.
 """
 
 import dataclasses
@@ -10,7 +9,6 @@ import hashlib
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from quill.errors import InputError
 from quill.training import distributed, lora, models
@@ -101,11 +99,11 @@ def load_training_state(
 
 def load_model_state_dict(model: torch.nn.Module, weights: dict) -> None:
     """Raises one of `MISFITS` when they are not the weights of that model."""
-    weights = lora.fitted(model, weights)
-    if model.state_dict().keys() != weights.keys():
+    weights, own = lora.fitted(model, weights), model.state_dict()
+    if own.keys() != weights.keys():
         raise ValueError("its weights are not the model's")
     models.check_finite(weights)
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+    load_tensors([*own.values()], [weights[name] for name in own])
 
 
 # PyTorch's get_optimizer_state_dict is of no use for the moments: it gives an optimizer that has

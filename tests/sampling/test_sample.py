@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, is_one_error_line, texts
+from helpers import TINY, environment, is_one_error_line, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,6 +35,19 @@ def test_samples_continue_the_prompt(trained, call):
     samples = texts(out)
     assert [len(text) for text in samples] == [4 + 40] * 3
     assert all(text.startswith("the ") for text in samples) and len(set(samples)) == 3
+
+
+def test_sampling_starts_without_pytorchs_compiler(trained, call):
+    """Whose import takes as long as that of the rest of PyTorch."""
+    call("prepare", "tiny", "--input=text.txt")
+    call("train", *TINY, "--position=rotary", "--out_dir=rotary", "--max_iters=0")
+    for out_dir in ("out", "rotary"):
+        argv = [f"--out_dir={out_dir}", "--num_samples=1", "--max_new_tokens=3", "--device=cpu"]
+        probe = f"import sys, sample; code = sample.main({argv}); "
+        probe += "sys.exit(code or 'torch._dynamo' in sys.modules)"
+        line = [sys.executable, "-c", probe]
+        done = subprocess.run(line, env=environment(), capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_same_seed_same_text_whatever_the_number_of_samples(trained, call):
