@@ -53,7 +53,8 @@ class GPTConfig:
         kinds = typing.get_type_hints(GPTConfig)
         for field in dataclasses.fields(GPTConfig):
             value, kind = getattr(self, field.name), kinds[field.name]
-            low, high = field.metadata.get("min"), field.metadata.get("max", math.inf)
+            low = field.metadata.get("min", -math.inf)
+            high = field.metadata.get("max", math.inf)
             allowed = {int: (int,), float: (int, float)}.get(kind)
             if allowed and (type(value) not in allowed or not low <= value <= high):
                 raise ValueError(f"{field.name}={value!r} is no {kind.__name__} in {low}..{high}")
@@ -103,28 +104,21 @@ def rotate(x, rotary):
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin  # roll swaps the halves
 
 
-def attention_dtype(x, on_cpu: torch.dtype = torch.float32) -> torch.dtype:
+def attention_dtype(x) -> torch.dtype:
     """The dtype of queries and keys: that of x, but on a CPU at least float32.
 
     There PyTorch's bfloat16 attention takes 3 times as long in the backward pass, and 4 times for a
     single query.
     """
-    return torch.promote_types(x.dtype, on_cpu) if x.device.type == "cpu" else x.dtype
+    return torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
 
 
 def attend(q, k, v, **options):
     """Scaled dot-product attention of (B, nh, T, hs) each; q and k have `attention_dtype`."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, **options)
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast("cpu", enabled=False):  # or it would make them bfloat16 again
         return F.scaled_dot_product_attention(q, k, v.to(q.dtype), **options)
-
-
-def attention_weights(q, k):
-    """The causal softmax weights that `attend` gives each value: (B, nh, T, T). For pictures."""
-    T = q.size(2)
-    identity = torch.eye(T, dtype=q.dtype, device=q.device).expand(*q.shape[:2], T, T)
-    return attend(q, k, identity, is_causal=True)  # weights @ identity
 
 
 class CausalSelfAttention(nn.Module):
@@ -134,7 +128,6 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         self.dropout = config.dropout
-        self.dtype_on_cpu = torch.float32  # bench.py --plan sets it to plan for a GPU
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -145,7 +138,7 @@ class CausalSelfAttention(nn.Module):
         nh, hs = self.config.n_head, self.config.head_size
         # q and k stay one tensor of 2 nh heads up to the end: half as many small operations.
         qk, v = self.c_attn(x).view(B, T, 3 * nh, hs).split((2 * nh, nh), dim=2)
-        qk = qk.to(attention_dtype(qk, self.dtype_on_cpu))
+        qk = qk.to(attention_dtype(qk))
         if self.config.qk_norm:  # Henry et al. 2020
             qk = F.rms_norm(qk, (hs,))
         if rotary is not None:
@@ -231,10 +224,10 @@ def cross_entropy(logits, targets, reduction: str):
 
 
 def chunked_cross_entropy(head, x, targets, reduction: str, vocab_size: int):
-    """cross_entropy(head(x), ...) without all logits in memory, for a head from (B, T, C) on.
+    """cross_entropy(head(x), ...) of x (B, T, C), with only a chunk of the logits in memory.
 
-    The float32 logits of 32 x 1,024 tokens of GPT-2 take 6.6 GB, and their gradient as much. With
-    torch.compile they are never in memory; else chunks of them are, made anew for each pass.
+    The float32 logits of 32 x 1,024 tokens of GPT-2 take 6.6 GB, and their gradient as much. Each
+    chunk is computed again in the backward pass; torch.compile instead fuses the float32 copy away.
     """
 
     def loss_of(x, targets, reduction="sum"):
@@ -293,8 +286,9 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
         if config.tied_head:
             # 0.14 was found by trying widths 64 to 768: the first loss is within 1 % of ln(V).
-            gain = 1 / config.n_embd if is_zero else 0.14 / math.sqrt(config.n_embd)
-            nn.init.constant_(self.transformer.ln_f.weight, min(1.0, gain / config.init_std))
+            logit_std = 1 / math.sqrt(config.n_embd) if is_zero else 0.14
+            gain = logit_std / (config.init_std * math.sqrt(config.n_embd))
+            nn.init.constant_(self.transformer.ln_f.weight, min(1.0, gain))
         else:
             nn.init.zeros_(self.lm_head.weight)
 
@@ -305,7 +299,7 @@ class GPT(nn.Module):
 
         targets: (B, T), the token after each; -1 is ignored. Without them the loss is None.
         reduction: "mean" over the targets that count, or their "sum", in nats.
-        loss_only: the logits are None, and those of a large vocabulary never in memory.
+        loss_only: the logits are None; those of a large vocabulary are never all in float32.
         cache: idx continues what the cache has read, which it is appended to.
         last_only: logits of the last position alone, (B, 1, V).
         """

@@ -184,18 +184,17 @@ def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | No
         path = Path(config.out_dir, checkpoint.LATEST)
         run.progress = state_dict.load_training_state(saved, path, *parts)
         run.is_resumed = True
-    prepare_gradients(run)
+    if distributed.world_size() > 1 and config.parallel == "ddp":
+        rebuild_ddp_buckets(run)
     return run
 
 
-def prepare_gradients(run: Run) -> None:
-    """Bring them into the state that they have between the steps of a longer run."""
-    if distributed.world_size() > 1 and run.config.parallel == "ddp":
-        # DDP orders its gradients anew after the first backward pass, and they are then summed in
-        # another order: without this pass the first step after a resume would round differently.
-        idx, targets = get_batch(run, 0)
-        loss_sum(run, idx[0], targets[0]).backward()
-        run.model.zero_grad()
+def rebuild_ddp_buckets(run: Run) -> None:
+    """One backward pass, after which DDP orders its buckets anew, and so sums gradients in another
+    order: the first step after a resume would round differently without it."""
+    idx, targets = get_batch(run, 0)
+    loss_sum(run, idx[0], targets[0]).backward()
+    run.model.zero_grad()
 
 
 # ---- evaluation --------------------------------------------------------------------------------
@@ -340,7 +339,7 @@ def update_weights(run: Run, idx, targets):
                 optimizer.step()
         optimizer.zero_grad()
     run.scaler.update()
-    run.ema.update(run.step_number)
+    run.ema.update(run.step_number, found_inf)
     return loss, grad_norm
 
 
@@ -480,7 +479,7 @@ def main(argv: list[str]) -> int:
         folder = run_folder.path_of(config.out_dir)
         with file_lock(folder) if is_writer else contextlib.nullcontext():
             with devices.out_of_memory_advice("lower n_embd or n_layer"):
-                # The options settled, and a checkpoint or weights, which are not kept any longer.
+                # Nothing keeps the checkpoint or weights in memory once the model has them.
                 run = setup(*find_start(config, argv, usage=__doc__))
             with devices.out_of_memory_advice(
                 f"halve batch_size={run.config.batch_size} and double gradient_accumulation_steps, "

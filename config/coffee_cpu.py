@@ -2,7 +2,7 @@
 # What each choice is worth is measured in docs/results.md.
 
 dataset = "shakespeare_char"
-eval_interval = 10000  # at the first step and the last alone: each costs as much as 20 steps
+eval_interval = 310  # an evaluation costs as much as 20 steps, and a run saves at evaluations
 eval_iters = 40  # 5,120 tokens for the train loss
 log_interval = 25  # a line every ten seconds
 

@@ -2,7 +2,7 @@
 # What each choice is worth is measured in docs/results.md.
 
 dataset = "shakespeare_char"
-eval_interval = 1150  # an evaluation costs as much as 20 steps
+eval_interval = 575  # an evaluation costs as much as 20 steps, and a run saves at evaluations
 eval_iters = 40  # 10,240 tokens for the train loss
 log_interval = 50  # a line every half minute or so
 

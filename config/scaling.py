@@ -4,7 +4,6 @@
 eval_interval = 10**9  # at the start and at the end
 eval_iters = 50
 log_interval = 1000
-checkpoint_seconds = 60.0
 
 gradient_accumulation_steps = 1
 dropout = 0.0

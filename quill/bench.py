@@ -256,9 +256,9 @@ def _plan_memory(config: BenchConfig, model, rows: int) -> dict:
     )
     name = "bfloat16" if is_gpu and config.dtype == "auto" else config.dtype
     dtype = devices.pick_dtype(name, CPU)
-    if is_gpu and isinstance(model, GPT):  # attention without float32 or dropout masks
+    if is_gpu and isinstance(model, GPT):  # whose attention keeps no dropout masks
         for block in model.transformer.h:
-            block.attn.dtype_on_cpu, block.attn.dropout = torch.bfloat16, 0.0
+            block.attn.dropout = 0.0
     optimizers = make_optimizers(model, config, dtype)
     idx = torch.zeros(min(rows, config.batch_size), config.block_size, dtype=torch.int64)
     n = 1 if rows <= config.batch_size else 2  # micro-steps: the second starts with gradients
@@ -266,7 +266,8 @@ def _plan_memory(config: BenchConfig, model, rows: int) -> dict:
     activations, memory = peak["ACT"] + peak["TEMP"] + peak["OTH"], peak["Total"]
     weights = sum(p.nbytes for p in model.parameters()) / 1e6
     if compiles:
-        activations = _activations_when_compiled(model, idx, dtype, config.compile_mode)
+        with _attention_of(is_gpu):
+            activations = _activations_when_compiled(model, idx, dtype, config.compile_mode)
         with_gradients = max(activations, weights) if n == 1 else activations + weights
         memory = weights + peak["OPT"] + with_gradients
     average = weights if config.average_decay else 0
@@ -287,7 +288,7 @@ def _peak_of_a_step(
     tracker = MemTracker()
     tracker.track_external(model, *optimizers)
     kernels = mock.patch.multiple(F, **AS_ON_A_GPU) if is_gpu else contextlib.nullcontext()
-    with tracker, kernels:
+    with tracker, kernels, _attention_of(is_gpu):
         for _ in range(2):  # the optimizer's state appears in the first
             for idx in micro_batches:
                 _loss(model, idx, dtype).backward()
@@ -297,6 +298,12 @@ def _peak_of_a_step(
                 optimizer.zero_grad(set_to_none=True)
     peak = tracker.get_tracker_snapshot("peak")[CPU]
     return {str(kind).rpartition(".")[2]: n_bytes / 1e6 for kind, n_bytes in peak.items()}
+
+
+def _attention_of(is_gpu: bool):
+    """In the block attention keeps the dtype of its input, as on a GPU, if this is for one."""
+    as_on_a_gpu = mock.patch("model.attention_dtype", lambda x: x.dtype)
+    return as_on_a_gpu if is_gpu else contextlib.nullcontext()
 
 
 def _activations_when_compiled(model, idx, dtype: torch.dtype, compile_mode: str) -> float:

@@ -157,7 +157,7 @@ class Stopped(Exception):  # noqa: N818  it is no error
 def stop_signals(acts_at_second: bool):
     """Yield a list that collects SIGINT, SIGTERM and SIGHUP while the block runs.
 
-    acts_at_second: a second signal acts at once, as it would without this.
+    acts_at_second: the same signal once more acts at once, as it would without this.
     """
     received: list[int] = []
     numbers = [signal.SIGINT, signal.SIGTERM]

@@ -35,8 +35,8 @@ from quill.errors import (
 )
 from quill.files import atomic_write, dataset_folder, file_lock, open_file
 from quill.settings import option
-from quill.views import curves, scaling
-from quill.views.scaling import Run
+from quill.views import curves, scaling_law
+from quill.views.scaling_law import Run
 
 ROOT = Path(__file__).parents[1]
 SIZES = ((2, 32), (2, 48), (3, 64), (4, 80), (4, 112), (5, 144))  # layers, width
@@ -89,14 +89,15 @@ def main(argv: list[str]) -> int:
     meta, _ = dataset_files.read(dataset_folder(config.dataset))
     study = Study(config, meta.vocab_size, meta.train_tokens)
     with file_lock(study.folder):
+        study.refuse_another(meta.sha256)
         factors = study.tune()
         runs = study.make_all(study.grid(factors))
         try:
-            law, others = scaling.fit(runs), scaling.bootstrap(runs)
+            law, others = scaling_law.fit(runs), scaling_law.bootstrap(runs)
         except ValueError as error:
             raise RunError(str(error)) from None
-        print("\n".join(scaling.describe(law, others)))
-        figure = scaling.draw(runs, law)
+        print("\n".join(scaling_law.describe(law, others)))
+        figure = scaling_law.draw(runs, law)
         with atomic_write(study.folder / "scaling.png") as (file,):
             figure.savefig(file, format="png", dpi=150)
         plan, predicted = study.predict(law, others, factors)
@@ -115,6 +116,22 @@ class Study:
         self.budgets = [config.smallest * 2**i for i in range(config.budgets)]
         self.middle = self.budgets[(len(self.budgets) - 1) // 2]  # where the rates are tuned
         self.processes: list[subprocess.Popen] = []  # of the runs, also of those that have ended
+
+    def refuse_another(self, text_sha256: str) -> None:
+        """Raises InputError where the folder's runs are of another text or of other settings."""
+        path = self.folder / "study.json"
+        own = {"text": text_sha256, "switches": SWITCHES, "batch_size": BATCH_SIZE, "rates": RATES}
+        if not path.exists():
+            with atomic_write(path) as (file,):
+                file.write(json.dumps(own).encode())
+        described = blames_input(f"{path} describes no study, remove it", ValueError)
+        with described, open_file(path) as file:
+            there = json.load(file)
+        if there != own:
+            raise InputError(
+                f"{self.folder} has runs of another text or of other settings: choose another "
+                "--out_dir"
+            )
 
     def tune(self) -> dict[tuple[int, int], float]:
         """The best factor of the rates for each size, at a budget in the middle."""
@@ -157,7 +174,7 @@ class Study:
         if not path.exists():
             losses = [one.loss(plan.n_parameters, plan.n_tokens) for one in (law, *others)]
             content = {"run": plan.name, "val_loss": losses[0]}
-            content["interval"] = scaling.interval(losses[1:])
+            content["interval"] = scaling_law.interval(losses[1:])
             with atomic_write(path) as (file,):
                 file.write(json.dumps(content).encode())
         kinds = ValueError, KeyError, TypeError
@@ -226,7 +243,7 @@ class Study:
         return Run(plan.budget, plan.n_parameters, plan.n_tokens, losses[plan.n_steps])
 
 
-def best_of(plans: list[Plan], law: scaling.Law) -> Plan:
+def best_of(plans: list[Plan], law: scaling_law.Law) -> Plan:
     return min(plans, key=lambda plan: law.loss(plan.n_parameters, plan.n_tokens))
 
 

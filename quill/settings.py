@@ -118,7 +118,7 @@ def run_program(path: str, what: str) -> dict:
     Only source text is run: runpy would also run what is in an archive, as checkpoints are. Raises
     InputError for anything else, and for whatever the program raises.
     """
-    with blames_program(path, f"{what} {path}"):  # of a name that no file can have
+    with blames_program(path, f"{what} {path}"):  # Path.exists can raise: for a NUL byte
         is_special = Path(path).exists() and not Path(path).is_file()
     if is_special:
         raise InputError(f"{path} is a folder or pipe, no {what}; options are --NAME=VALUE")
@@ -139,7 +139,7 @@ def run_program(path: str, what: str) -> dict:
 
 
 def _read_config_file(path: str) -> dict:
-    """The public scalar assignments of a Python file, run in a namespace of its own."""
+    """What a Python file assigns to public names, but for modules, functions and classes."""
     if path.startswith("-"):
         raise InputError(f"{path}: options start with two dashes")
     names = run_program(path, "config file")

@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import SCRIPTS
+from hypothesis import settings
 
 from quill import errors
 from quill.data import problems
+
+settings.register_profile("quill", deadline=None)  # a first example may import half of PyTorch
+settings.load_profile("quill")
 
 
 def pytest_addoption(parser):

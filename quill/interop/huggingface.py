@@ -69,7 +69,7 @@ def load(path: Path) -> tuple[GPTConfig, dict[str, torch.Tensor], Tokenizer | No
     folder = path if path.is_dir() else path.parent
     tensors = read_tensors(path)
     config_path = folder / "config.json"
-    with blames_input(str(config_path), *checkpoint.MISFITS):
+    with blames_input(str(config_path), *checkpoint.LOAD_ERRORS):
         has_config = config_path.exists()
         values = hf_tokenizers.read_json(config_path) if has_config else published(tensors)
         config = config_of_gpt2(values)

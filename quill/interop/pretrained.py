@@ -70,7 +70,8 @@ class Pretrained:
         """The train.py options that give such a model."""
         options = models.config_to_dict(self.config)
         options.pop("dropout", None)  # a choice of each run
-        return options | {"vocab_multiple": options.pop("vocab_size")}
+        options["vocab_multiple"] = options.pop("vocab_size")  # pads the dataset's to this
+        return options
 
     def fitted(self, config: GPTConfig | BigramConfig) -> dict[str, torch.Tensor]:
         """The weights for a model of `config`: its context may be shorter, its vocabulary padded.
@@ -141,7 +142,9 @@ def from_run(path: Path) -> Pretrained:
     kind = contents["model_config"].get("model", "gpt")
     if kind not in models.KINDS:
         raise InputError(f"{path} holds a model of kind {kind!r:.100}, which predicts no tokens")
-    with blames_input(f"{path}: its weights and its model config disagree", *checkpoint.MISFITS):
+    with blames_input(
+        f"{path}: its weights and its model config disagree", *checkpoint.LOAD_ERRORS
+    ):
         config = models.config_from_dict(contents["model_config"])
         weights = lora.merged(contents["model"])
         models.check_weights(config, weights)
@@ -165,7 +168,7 @@ def from_nanogpt(path: Path) -> Pretrained:
             if not name.endswith(".attn.bias")  # a mask, in attention without a fused kernel
         }
         models.check_weights(config, weights)
-    except checkpoint.MISFITS as error:
+    except checkpoint.LOAD_ERRORS as error:
         raise InputError(f"{path} is no checkpoint of Quill or nanoGPT ({error!r})") from None
     return Pretrained(config, weights, tokenizer=None)
 

@@ -1,4 +1,4 @@
-"""What a run of train.py starts from: its own checkpoint, given weights, or random ones."""
+"""What a run starts from: its own checkpoint, given weights, or random ones."""
 
 import dataclasses
 import os
@@ -11,16 +11,16 @@ from quill.files import dataset_folder
 from quill.interop import pretrained
 from quill.training import checkpoint, devices, distributed, run_folder
 
-TRAIN = "train.py"  # made the checkpoints that do not say what did
+TRAIN = "train.py"  # the command of a checkpoint that names none
 
 
 def find_start(config, argv: list[str], usage: str, command: str = TRAIN) -> tuple:
     """-> (config, checkpoint to resume or None, weights to start from or None).
 
-    config: the options of the command line, a train.TrainConfig. What argv leaves open is then as
-    the checkpoint had it, or as the weights need it, and all processes have rank 0's values. From
-    here on they can exchange tensors. Raises InputError for what cannot be loaded, and for a
-    checkpoint of another command.
+    config: the options of the command line, a train.TrainConfig or the LoopOptions of another
+    command that trains. What argv leaves open is then as the checkpoint had it, or as the weights
+    need it, and all processes have rank 0's values. From here on they can exchange tensors. Raises
+    InputError for what cannot be loaded, and for a checkpoint of another command.
     """
     out_dir, is_main = Path(config.out_dir), distributed.is_main()
     saved = start = base = None

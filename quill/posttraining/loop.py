@@ -41,7 +41,7 @@ from quill.training.optimizers import (
     OptimizerOptions,
     get_lr,
     make_optimizers,
-    misfits_of_schedule,
+    schedule_warnings,
     set_lr,
 )
 from quill.training.saving import Saver
@@ -81,6 +81,10 @@ class Loop:
         self.config, self.start = config, start
         self.device = devices.pick_device(config.device)
         self.dtype = devices.pick_dtype(config.dtype, self.device)
+        if self.dtype == torch.float16:
+            raise InputError(
+                "dtype=float16 needs loss scaling, which is not done here: take another"
+            )
         devices.set_up_device(self.device, deterministic=False, dropout=0.0)
         self.data = open_splits(config.dataset, start.config.block_size, self.device)
         names = config.dataset, self.data, start, config.start_from
@@ -234,12 +238,15 @@ class LoopLogger(Logger):
         )
         if loop.is_resumed:
             lines.append(f"resuming after step {loop.progress.step} of {loop.config.max_iters}")
-        return "\n".join(lines + misfits_of_schedule(loop.config))
+        return "\n".join(lines + schedule_warnings(loop.config))
 
     def step(self, record: dict) -> None:
         self._write(record)
         shown = {name: value for name, value in record.items() if name not in ("step", "lr")}
-        values = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items()]
+        values = [
+            f"{name.replace('_', ' ')} {math.nan if value is None else value:.4g}"
+            for name, value in shown.items()
+        ]
         print_line(f"step {record['step']}/{self.max_iters}: {', '.join(values)}")
 
     def done(self, progress: Progress) -> None:

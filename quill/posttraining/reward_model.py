@@ -54,7 +54,7 @@ def load(path: Path) -> tuple[RewardModel, Tokenizer]:
     config = dict(contents["model_config"])
     if config.pop("model", None) != KIND:
         raise InputError(f"{path} is no run of quill.reward")
-    with blames_input(f"{path}: its weights do not fit", *checkpoint.MISFITS):
+    with blames_input(f"{path}: its weights do not fit", *checkpoint.LOAD_ERRORS):
         models.state_shapes(GPTConfig(**config), len(contents["model"]))  # not too large to make
         model = RewardModel(GPTConfig(**config))
         model.load_state_dict(contents["model"])

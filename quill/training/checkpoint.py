@@ -24,7 +24,7 @@ LATEST, PREVIOUS, BEST = "ckpt.pt", "ckpt.previous.pt", "best.pt"
 
 SCHEMA_VERSION = 2
 # What values of an unexpected type or shape may raise, here and in PyTorch.
-MISFITS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+LOAD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 
 COMMON = {"model": dict, "model_config": dict, "config": dict, "tokenizer": dict, "step": int}
 FOR_RESUME = {"optimizers": list, "average": list, "scaler": dict, "progress": dict}
@@ -248,7 +248,7 @@ class Progress:
 
     @classmethod
     def from_checkpoint(cls, saved: dict) -> "Progress":
-        """Raises one of `MISFITS` when the saved values are not possible."""
+        """Raises one of `LOAD_ERRORS` when the saved values are not possible."""
         progress = cls(**saved["progress"])
         for name, value in vars(cls()).items():
             if type(getattr(progress, name)) is not type(value):

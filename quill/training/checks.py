@@ -17,25 +17,25 @@ def check_processes(config, device: torch.device, dtype: torch.dtype) -> None:
     n = distributed.world_size()
     if n == 1:
         return
-    problems = []
+    wrong = []
     if config.gradient_accumulation_steps % n and config.batch_size % n:
-        problems.append(
+        wrong.append(
             f"neither gradient_accumulation_steps={config.gradient_accumulation_steps} nor "
             f"batch_size={config.batch_size} can be divided by {n} processes"
         )
     if device.type == "mps":
-        problems.append("several processes need CUDA devices or CPUs")
+        wrong.append("several processes need CUDA devices or CPUs")
     if config.parallel == "fsdp":
         if config.lora_rank:
-            problems.append("parallel=fsdp shards no adapters: take lora_rank=0 or parallel=ddp")
+            wrong.append("parallel=fsdp shards no adapters: take lora_rank=0 or parallel=ddp")
         if config.optimizer == "muon":
-            problems.append("Muon needs whole matrices: take optimizer=adamw or parallel=ddp")
+            wrong.append("Muon needs whole matrices: take optimizer=adamw or parallel=ddp")
         if config.sample_at_eval:
-            problems.append("sample_at_eval needs all of the model in one process: parallel=ddp")
+            wrong.append("sample_at_eval needs all of the model in one process: parallel=ddp")
         if dtype == torch.float16:
-            problems.append("parallel=fsdp has no loss scaling: take bfloat16 or float32")
-    if problems:
-        raise InputError("; ".join(problems))
+            wrong.append("parallel=fsdp has no loss scaling: take bfloat16 or float32")
+    if wrong:
+        raise InputError("; ".join(wrong))
 
 
 def pick_cuda_graph(setting: bool | str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -66,7 +66,7 @@ def check_resume(config, data, model_config, saved: dict) -> None:
     model_config: what the options say; None where they say nothing of the model.
     """
     path = Path(config.out_dir, LATEST)
-    defaults = {"optimizer": "", "lora_rank": 0}  # quill.reward has no adapters
+    defaults = {"optimizer": "", "lora_rank": 0}  # which RewardConfig lacks
     then = {name: saved["config"].get(name, value) for name, value in defaults.items()}
     now = {name: getattr(config, name, value) for name, value in defaults.items()}
     if model_config is not None:

@@ -22,13 +22,16 @@ class EMA:
         """From the present weights."""
         self.average = [p.clone() for p in self._weights()]
 
-    def update(self, step: torch.Tensor) -> None:
-        """After the update of this step, counted from 0. The decay starts low: 1/10, 2/11, ..."""
+    def update(self, step: torch.Tensor, found_inf: torch.Tensor) -> None:
+        """After the update of this step, counted from 0. The decay starts low: 1/10, 2/11, ...
+
+        found_inf: 1.0 where the update was skipped, which the average then is too.
+        """
         if self.decay:
             decay = ((1 + step) / (10 + step)).clamp(max=self.decay)
             average = [to_local(a) for a in self.average]
             change = torch._foreach_sub([to_local(p) for p in self._weights()], average)
-            torch._foreach_mul_(change, 1 - decay)
+            torch._foreach_mul_(change, (1 - decay) * (1 - found_inf))
             torch._foreach_add_(average, change)
 
     @contextlib.contextmanager

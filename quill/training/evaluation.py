@@ -16,7 +16,7 @@ def evaluate_split(
     check: called before each batch; may raise.
     """
     offsets = split.eval_offsets(0, whole=True)
-    total = n_targets = 0
+    losses, n_targets = [], 0
     answers = torch.zeros(2, dtype=torch.int64, device=split.device)
     for start in range(0, len(offsets), batch_size):
         check()
@@ -24,9 +24,10 @@ def evaluate_split(
         loss_only = split.examples is None
         with devices.autocast(split.device, dtype):
             logits, loss = model(idx, targets, reduction="sum", loss_only=loss_only)
-        total += loss.double()
+        losses.append(loss)
         n_targets += (targets != IGNORE_INDEX).sum()
         if not loss_only:
             answers += count_answers(logits[..., : split.vocab_size], targets)
     n_answers, n_right = answers.tolist()
-    return float(total / n_targets), n_right / max(1, n_answers)
+    total = float(torch.stack(losses).cpu().double().sum())  # MPS has no float64
+    return total / int(n_targets), n_right / max(1, n_answers)

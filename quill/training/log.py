@@ -18,7 +18,7 @@ from quill.errors import InputError, flush_or_discard, needs_extra
 from quill.files import atomic_write
 from quill.training import devices, distributed, reference, run_folder
 from quill.training.checkpoint import Progress
-from quill.training.optimizers import misfits_of_schedule
+from quill.training.optimizers import schedule_warnings
 
 SLOW_RUN_SECONDS = 3600
 
@@ -36,7 +36,7 @@ class NullLogger:
 
 
 class Logger:
-    """Appends one JSON object a line to metrics.jsonl of train.py's Run, and prints the same.
+    """Appends one JSON object a line to metrics.jsonl of a run, and prints the same.
 
     A resumed run keeps the lines up to its checkpoint; a new run starts a new file.
     """
@@ -50,7 +50,7 @@ class Logger:
         self.smooth_ms_per_step: float | None = None
         self.file = None
         self.dashboards = _open_dashboards(self.out_dir, config, self.resumed)
-        self.start = _start_of_a_sample(run.data)
+        self.sample_flag = _start_of_a_sample(run.data)
         self.expected = reference.find(run.config, run.data.meta.sha256)
         print_line(self.summary(run))
 
@@ -98,7 +98,7 @@ class Logger:
 
     def done(self, progress: Progress) -> None:
         best = f"best val loss {progress.best_val_loss:.4f}"
-        command = f"python sample.py --out_dir={shlex.quote(str(self.out_dir))}{self.start}"
+        command = f"python sample.py --out_dir={shlex.quote(str(self.out_dir))}{self.sample_flag}"
         print_line(f"done after step {progress.step}, {best}; next: {command}")
 
     def stopped(self, progress: Progress, signal_number: int) -> None:
@@ -214,7 +214,7 @@ def run_summary(run) -> str:
     ]
     if n_cut := data.train.n_cut:
         lines.append(f"{n_cut:,} pairs are longer than block_size={config.block_size} and cut")
-    lines += misfits_of_schedule(config)
+    lines += schedule_warnings(config)
     if run.compiles:
         lines.append("compiling: up to a minute, before and after the first evaluation")
     if run.is_resumed:

@@ -30,12 +30,13 @@ class NonFiniteGuard:
     def record(self, loss, grad_norm, step):
         """Note the step, counted from 0, if it is not finite; -> 1.0 to skip its update, or 0.0.
 
-        All of these are tensors on the device.
+        All of these are tensors on the device. A step of several updates is noted once.
         """
         is_bad = ~torch.isfinite(loss + grad_norm)
         is_over = self.bad_steps[-1] > 0
         next_slot = self.slots == (self.bad_steps > 0).sum()
-        self.bad_steps.copy_(torch.where(next_slot & is_bad, step + 1, self.bad_steps))
+        is_new = (self.bad_steps != step + 1).all()
+        self.bad_steps.copy_(torch.where(next_slot & is_bad & is_new, step + 1, self.bad_steps))
         return (is_bad | is_over).float()
 
     def report(self, known: list[int], log) -> None:

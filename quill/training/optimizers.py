@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from quill.errors import InputError
 from quill.settings import option
 
 _LARGEST = 1e30  # an update by a rate that float32 cannot represent would be an error of PyTorch's
@@ -117,6 +118,10 @@ def make_optimizers(
     optimizers: list[torch.optim.Optimizer] = []
     matrices = groups["embedding"]
     if config.optimizer == "muon":
+        if config.learning_rate == 0:
+            raise InputError(
+                "learning_rate=0: Muon's rate rises and falls in proportion to it: give a small one"
+            )
         stacks = [
             {"params": groups["hidden"], "parts": 1},
             {"params": groups["fused_qkv"], "parts": 3},
@@ -144,7 +149,7 @@ def make_optimizers(
 
 def set_lr(optimizers: list, config: OptimizerOptions, step: int) -> None:
     """Scale every group's peak rate as the schedule scales AdamW's."""
-    scale = get_lr(config, step) / (config.learning_rate or 1.0)
+    scale = get_lr(config, step) / (config.learning_rate or 1.0)  # 0: for AdamW alone
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             lr = scale * group["initial_lr"]
@@ -154,7 +159,7 @@ def set_lr(optimizers: list, config: OptimizerOptions, step: int) -> None:
                 group["lr"] = lr
 
 
-def misfits_of_schedule(config: OptimizerOptions) -> list[str]:
+def schedule_warnings(config: OptimizerOptions) -> list[str]:
     """In words, what is odd about the learning rate's schedule, in a run of so many steps."""
     n, warmup = config.max_iters, config.warmup_iters
     end = config.lr_decay_iters or n

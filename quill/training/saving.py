@@ -25,7 +25,7 @@ class Saver:
         self.out_dir, self.seconds = out_dir, seconds
         self.saved_at = time.monotonic()
         self.pending_best: dict | None = None
-        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.executor = ThreadPoolExecutor(max_workers=1)
         self.last_save: Future | None = None
 
     def keep_best(self, contents: dict) -> None:
@@ -46,7 +46,7 @@ class Saver:
         """Begin to write the pending best, if there is one, and then ckpt.pt."""
         if distributed.is_main():
             best, self.pending_best = self.pending_best, None
-            self.last_save = self.thread.submit(self._write, best, contents)
+            self.last_save = self.executor.submit(self._write, best, contents)
             self.saved_at = time.monotonic()
 
     def _write(self, best: dict | None, contents: dict) -> None:
@@ -55,7 +55,9 @@ class Saver:
             if best is not None:
                 checkpoint.save_checkpoint(self.out_dir / checkpoint.BEST, best)
             checkpoint.save_checkpoint(self.out_dir / checkpoint.LATEST, contents, previous)
-        except OSError as error:  # also of a missing folder, which was there before
+        except OSError as error:
+            if not self.out_dir.is_dir():
+                raise RunError(f"{self.out_dir} was removed while the run was going on") from None
             raise RunError(describe_os_error(error)) from None
 
     def wait(self) -> None:
@@ -75,7 +77,7 @@ class Saver:
         # Not after a second Ctrl-C, whose user wants to wait for nothing more.
         if isinstance(error, Exception) and self.pending_best is not None:
             path = self.out_dir / checkpoint.BEST
-            self.thread.submit(checkpoint.save_checkpoint, path, self.pending_best)
-        self.thread.shutdown()  # waits
+            self.executor.submit(checkpoint.save_checkpoint, path, self.pending_best)
+        self.executor.shutdown()  # waits
         if error is None:
             self.wait()

@@ -49,8 +49,8 @@ def open_splits(name: str, block_size: int, device: torch.device) -> Splits:
         Split(bins[s], bins.get(f"{s}.mask"), *sizes, folder / f"{s}.bin")
         for s in dataset_files.SPLITS
     )
-    n_bytes = bytes_per_token(tokenizer, bins["val"])
-    return Splits(meta, tokenizer, train, val, reverses_answers(meta.tokenizer), n_bytes)
+    val_bytes = bytes_per_token(tokenizer, bins["val"])
+    return Splits(meta, tokenizer, train, val, reverses_answers(meta.tokenizer), val_bytes)
 
 
 def bytes_per_token(tokenizer: tokenizers.Tokenizer, ids: np.ndarray) -> float:

@@ -12,7 +12,7 @@ import torch
 
 from quill.errors import InputError
 from quill.training import distributed, lora, models
-from quill.training.checkpoint import MISFITS, Progress
+from quill.training.checkpoint import LOAD_ERRORS, Progress
 from quill.training.devices import is_out_of_memory
 from quill.training.ema import EMA
 from quill.training.nonfinite import LossScaler, NonFiniteGuard
@@ -90,7 +90,7 @@ def load_training_state(
         if scaler.is_enabled():
             scaler.load_state_dict(saved["scaler"])
         guard.restore(progress.skipped_steps)
-    except MISFITS as error:
+    except LOAD_ERRORS as error:
         if is_out_of_memory(error):
             raise
         raise InputError(f"{path} is not usable for a resume: {error}") from None
@@ -98,7 +98,7 @@ def load_training_state(
 
 
 def load_model_state_dict(model: torch.nn.Module, weights: dict) -> None:
-    """Raises one of `MISFITS` when they are not the weights of that model."""
+    """Raises one of `LOAD_ERRORS` when they are not the weights of that model."""
     weights, own = lora.fitted(model, weights), model.state_dict()
     if own.keys() != weights.keys():
         raise ValueError("its weights are not the model's")

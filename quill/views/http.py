@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import pydantic
 from pydantic import Field
+from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
@@ -60,6 +61,18 @@ class CutFields(Fields):
     top_k: int = Field(0, ge=0)
 
 
+def one_of(kinds: str):
+    """For a field of several types: what it may be, where pydantic would list what each lacks."""
+
+    def check(value, handler):
+        try:
+            return handler(value)
+        except pydantic.ValidationError:
+            raise PydanticCustomError("kind", "Input should be {kinds}", {"kinds": kinds}) from None
+
+    return pydantic.WrapValidator(check)
+
+
 async def read_json(request: Request):
     """The body, as long as it is not too large and JSON."""
     kind = request.headers.get("content-type", "").partition(";")[0]
@@ -82,7 +95,7 @@ def validated(kind: type[pydantic.BaseModel], contents):
         return kind.model_validate(contents)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        param = str(first["loc"][0]) if first["loc"] else None
+        param = ".".join(map(str, first["loc"])) or None
         message = f"{param}: {first['msg']}" if param else first["msg"]
         raise ApiError(400, message, param=param) from None
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from model import GPT, attend, attention_weights
+from model import GPT, attend
 
 
 @contextlib.contextmanager
@@ -34,6 +34,13 @@ def attention_hooks(model: GPT, record: Callable) -> list:
         record(*attention.queries_keys_values(x, rotary)[:2])
 
     return [block.attn.register_forward_pre_hook(call) for block in model.transformer.h]
+
+
+def attention_weights(q, k):
+    """The causal softmax weights that `model.attend` gives each value: (B, nh, T, T)."""
+    T = q.size(2)
+    identity = torch.eye(T, dtype=q.dtype, device=q.device).expand(*q.shape[:2], T, T)
+    return attend(q, k, identity, is_causal=True)  # weights @ identity
 
 
 def attention_maps(model: GPT, ids: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,12 @@
 not listed here is refused. A wrong value is named by pydantic.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 from pydantic import Field
 
-from quill.views.http import CutFields, Fields
+from quill.views.http import CutFields, Fields, one_of
 
 MAX_STOPS, MAX_LOGPROBS = 16, 20
 TOKENS = pydantic.AliasChoices("max_completion_tokens", "max_tokens")  # the new name and the old
@@ -34,7 +34,7 @@ class TextRequest(NullableFields, CutFields):
     model: str
     n: int = Field(1, ge=1)
     seed: int | None = Field(None, ge=0)
-    stop: str | list[str] = Field([])
+    stop: Annotated[str | list[str], one_of("a text or a list of texts")] = Field([])
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     # Clients send these with the values that change nothing.
@@ -56,7 +56,10 @@ class TextRequest(NullableFields, CutFields):
 
 
 class CompletionRequest(TextRequest):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Annotated[
+        str | list[str] | list[int] | list[list[int]],
+        one_of("a text, a list of texts, token ids, or a list of such lists"),
+    ]
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: Literal[False] = False

@@ -5,6 +5,7 @@ All answers are JSON. A token is {"id", "text"}; where its bytes are no text, as
 
 import asyncio
 import json
+from typing import Annotated
 
 import torch
 from starlette.requests import Request
@@ -15,7 +16,7 @@ from model import GPT, logits_to_probs
 from quill.data.tokenizers import Tokenizer, decode
 from quill.training.models import config_to_dict
 from quill.views import insides
-from quill.views.http import ApiError, CutFields, read_json, validated
+from quill.views.http import ApiError, CutFields, one_of, read_json, validated
 from quill.views.served import Served
 
 N_CANDIDATES, N_LENS, N_NEIGHBOURS = 20, 5, 10
@@ -25,7 +26,7 @@ MAX_METRICS_BYTES = 1 << 22  # in an answer; the page asks again for the rest
 class ReadRequest(CutFields):
     """A text, as it is or in token ids, and how the next token would be drawn."""
 
-    text: str | list[int]
+    text: Annotated[str | list[int], one_of("a text or token ids")]
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
@@ -43,7 +44,7 @@ def token_dicts(tokenizer: Tokenizer, tokens: list[int], **columns: list) -> lis
 
 def rounded(values: torch.Tensor) -> list:
     """Nested lists, with the digits that a page can show."""
-    return values.double().round(decimals=5).tolist()
+    return values.cpu().double().round(decimals=5).tolist()
 
 
 def check_finite(values: torch.Tensor) -> None:

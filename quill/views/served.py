@@ -80,11 +80,13 @@ class Served:
                 ids = prompt
         except (InputError, UnicodeEncodeError) as error:  # the latter of half a surrogate pair
             raise ApiError(400, str(error), param="prompt") from None
-        if not 1 <= len(ids) <= self.limits.prompt_tokens:
-            message = f"a prompt has 1 to {self.limits.prompt_tokens:,} tokens, not {len(ids):,}"
+        if not ids:
+            raise ApiError(400, "the prompt is empty", param="prompt")
+        if len(ids) > self.limits.prompt_tokens:
+            message = f"a prompt has at most {self.limits.prompt_tokens:,} tokens, not {len(ids):,}"
             raise ApiError(400, message, param="prompt", code="context_length_exceeded")
         if not 0 <= min(ids) <= max(ids) < self.tokenizer.vocab_size:
-            message = f"token ids are below {self.tokenizer.vocab_size:,}"
+            message = f"token ids are 0 to {self.tokenizer.vocab_size - 1:,}"
             raise ApiError(400, message, param="prompt")
         return ids
 

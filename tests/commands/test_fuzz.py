@@ -38,7 +38,7 @@ def fuzz(n: int, **strategies):
     def run(function):
         checks = [*HealthCheck]
         options = settings(
-            max_examples=n, deadline=None, database=None, derandomize=True,
+            max_examples=n, database=None, derandomize=True,
             suppress_health_check=checks,
         )  # fmt: skip
         options(given(**strategies)(function))()

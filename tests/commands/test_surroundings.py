@@ -209,7 +209,7 @@ def test_any_surroundings(pristine, n):
     codes = []
 
     @settings(
-        max_examples=n, deadline=None, database=None, derandomize=True,
+        max_examples=n, database=None, derandomize=True,
         suppress_health_check=[*HealthCheck],
     )  # fmt: skip
     @given(**CASES)

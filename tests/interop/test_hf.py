@@ -372,7 +372,7 @@ def test_autotokenizer_gives_the_same_ids_and_text(transformers, folder, tokeniz
     chars = tokenizer.chars if tokenizer is CHAR_END else st.characters(codec="utf-8")
     words = st.sampled_from([" the", "aaaa", " a", " .", "\n\n\n", "é", "<|endoftext|>"])
 
-    @settings(deadline=None, max_examples=60, derandomize=True)
+    @settings(max_examples=60, derandomize=True)
     @given(st.lists(words | st.text(chars)))
     def check(parts):
         text = "".join(parts)
@@ -383,7 +383,7 @@ def test_autotokenizer_gives_the_same_ids_and_text(transformers, folder, tokeniz
     check()
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     st.text("ab \né", min_size=300, max_size=3000) | st.text(min_size=200), st.integers(257, 290)
 )

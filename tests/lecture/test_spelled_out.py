@@ -134,7 +134,7 @@ def test_no_bigram_model_fits_its_text_better_than_the_counts():
     assert loss.item() == pytest.approx(spelled_out.bigram_loss(counts, table), abs=1e-6)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.lists(st.integers(-1, 4), min_size=1, max_size=9).filter(lambda ts: max(ts) >= 0),
     st.sampled_from([1.0, 1000.0]),
@@ -246,7 +246,7 @@ def test_generate_appends_valid_ids_past_the_block_size():
 # ---- averages, attention -------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 5))
 def test_the_three_averages_of_the_past_are_one(B, T, C):
     x = torch.randn(B, T, C, generator=torch.Generator().manual_seed(0))
@@ -263,7 +263,7 @@ def test_a_head_sees_a_set_and_its_own_row_alone():
 
 
 @BIAS
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.sampled_from([1, 2, 4]), st.sampled_from([4, 12]), st.integers(1, 3), st.integers(1, 9))
 def test_a_list_of_heads_is_all_heads_as_one_batch_dimension(bias, n_head, n_embd, B, T):
     attention = CausalSelfAttention(GPTConfig(n_head=n_head, n_embd=n_embd, bias=bias), layer=0)

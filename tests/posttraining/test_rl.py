@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -43,6 +44,22 @@ def weights(path: str) -> list:
 
 def write_reward(name: str, expression: str) -> None:
     Path(f"{name}.py").write_text(f"def reward(prompt, completion):\n    return {expression}\n")
+
+
+def test_a_step_that_is_not_finite_is_skipped_once_and_told(policy, call, monkeypatch):
+    """However many updates it has."""
+    write_reward("ones", "completion.count('1')")
+    losses = RLTask.losses
+
+    def poisoned(task, step):
+        for loss, report in losses(task, step):
+            yield loss * (math.nan if step == 1 else 1.0), report
+
+    monkeypatch.setattr(RLTask, "losses", poisoned)
+    code, out, err = call("rl", *RL, "--reward=ones.py", "--skip_nonfinite=1")
+    assert (code, err) == (0, ""), err
+    assert "step 2: not finite, update skipped (1 of 1)" in out and "objective nan" in out
+    assert load_checkpoint(Path("rl/ckpt.pt"))["progress"]["skipped_steps"] == [2]
 
 
 def test_rewards_are_raised(policy, call):
@@ -163,6 +180,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(policy, call, monkeypatch):
         (["--start_from=nowhere"], "nowhere"),
         (["--out_dir=out"], "already holds a run"),
         (["--out_dir=out", "--overwrite=true"], "the run that it starts from"),
+        (["--dtype=float16"], "loss scaling"),
         (["--dataset=tiny"], "tokenizer"),
         (["--dataset=texts", "--start_from=texts"], "without prompts"),
         (["--reward=nowhere.py"], "nowhere.py"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import CLASSIC, MODERN, tiny_model
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from model import generate
@@ -36,7 +36,6 @@ def in_turn(numbers):
     return several, ones.__next__
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from([*MODELS]),
     st.integers(1, 3),

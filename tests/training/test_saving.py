@@ -239,6 +239,12 @@ def test_an_error_leaves_the_best_on_the_disk(tiny, call, monkeypatch, is_disk_f
         assert checkpoint.load_checkpoint(Path("out/best.pt"))["step"] == 3
 
 
+def test_a_folder_that_is_removed_meanwhile_is_said(tiny, call, monkeypatch):
+    after_step(monkeypatch, lambda: shutil.rmtree("out"), 4)
+    code, _, err = call("train", *TINY)
+    assert code == 1 and err == "error: out was removed while the run was going on\n"
+
+
 def test_a_checkpoint_knows_of_no_best_that_is_not_there(tiny, call, monkeypatch):
     """At each moment of a run in which every evaluation is a new best."""
     replace, n_checked = Path.replace, []

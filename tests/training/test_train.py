@@ -451,14 +451,23 @@ def test_updates_that_are_not_finite_are_skipped_and_told(tiny, call, monkeypatc
 
 def test_a_skipped_update_is_as_if_it_had_not_been_made(tiny, monkeypatch):
     for optimizer in ("adamw", "muon"):
-        run = new_run("--skip_nonfinite=1", f"--optimizer={optimizer}")
+        flags = ("--skip_nonfinite=1", f"--optimizer={optimizer}", "--average_decay=0.9")
+        run = new_run(*flags)
         train.train_step(run)
-        before = [p.clone() for o in run.optimizers for s in o.state.values() for p in s.values()]
+
+        before = state_of(run)
         with monkeypatch.context() as patch:
             poison(patch, {2})
             train.train_step(run)
-        after = [p for o in run.optimizers for s in o.state.values() for p in s.values()]
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(before, state_of(run), strict=True))
+        train.train_step(run)
+        assert not any(torch.equal(a, b) for a, b in zip(before, state_of(run), strict=True))
+
+
+def state_of(run) -> list:
+    """Copies of the moments and of the averaged weights."""
+    moments = [p for o in run.optimizers for s in o.state.values() for p in s.values()]
+    return [p.clone() for p in (*moments, *run.ema.average)]
 
 
 @pytest.mark.parametrize(
@@ -647,6 +656,11 @@ def test_constant_schedules():
 def test_no_warmup_and_no_steps():
     assert rate(0, warmup_iters=0) == 1.0
     assert rate(0, warmup_iters=0, max_iters=0) == 0.1
+
+
+def test_muon_has_no_rate_of_its_own_schedule(tiny, call):
+    code, _, err = call("train", *TINY, "--optimizer=muon", "--learning_rate=0")
+    assert code == 2 and "Muon's rate rises and falls in proportion" in err
 
 
 def test_a_rate_that_rises_instead_of_falling_is_said(tiny, call):

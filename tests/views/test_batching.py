@@ -49,7 +49,7 @@ def write(model, writings: list[Writing], joins_at: list[int], max_texts: int) -
 
 
 @VARIANTS
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.data())
 def test_each_text_is_what_it_is_alone(switches, data):
     """Whoever joins or leaves when, before and after a text has outgrown the context of 8."""

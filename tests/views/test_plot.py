@@ -15,6 +15,7 @@ import torch
 from helpers import REPO, TINY, VARIANTS, is_one_error_line, random_ids, tiny_model
 from matplotlib import image, rc_context, rcParams
 
+from model import attend
 from quill import plot
 from quill.data import tokenizers
 from quill.views import curves, insides, pictures
@@ -134,6 +135,17 @@ def test_without_matplotlib(folder, call, monkeypatch):
 
 
 # ---- the model's pictures ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_attention_weights_are_those_that_attend_uses():
+    """Whatever kernel computes it: the output is the weights times the values."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 7, 8)
+    weights = insides.attention_weights(q, k)
+    assert (weights.triu(1) == 0).all()
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 2, 7))
+    torch.testing.assert_close(weights @ v, attend(q, k, v, is_causal=True))
 
 
 def test_all_pictures_of_a_run(tiny, call, monkeypatch):

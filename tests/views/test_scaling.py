@@ -16,10 +16,11 @@ import pytest
 from helpers import REPO, is_one_error_line
 
 from quill import scaling as study
+from quill.errors import InputError
 from quill.files import file_lock
 from quill.training.checkpoint import load_checkpoint
-from quill.views import scaling
-from quill.views.scaling import Law, Run
+from quill.views import scaling_law
+from quill.views.scaling_law import Law, Run
 
 TRUE = Law(1.0, 30.0, 200.0, 0.4, 0.45)
 
@@ -34,32 +35,32 @@ def runs_of(law: Law, noise: float = 0.0) -> list[Run]:
 
 
 def test_a_law_is_found_in_runs_that_follow_it():
-    law = scaling.fit(runs_of(TRUE))
+    law = scaling_law.fit(runs_of(TRUE))
     assert law.alpha == pytest.approx(0.4, abs=0.03) and law.beta == pytest.approx(0.45, abs=0.03)
     n, d = 2_000_000, 5e12 / 3
     assert law.loss(n, d) == pytest.approx(TRUE.loss(n, d), abs=0.01)
 
 
 def test_the_interval_of_an_exponent_holds_the_true_one():
-    laws = scaling.bootstrap(runs_of(TRUE, noise=0.005), n_times=20)
-    low, high = scaling.interval(law.size_exponent for law in laws)
+    laws = scaling_law.bootstrap(runs_of(TRUE, noise=0.005), n_times=20)
+    low, high = scaling_law.interval(law.size_exponent for law in laws)
     assert low - 0.05 < TRUE.size_exponent < high + 0.05 and high - low < 0.5
 
 
 def test_draws_that_no_law_fits_are_left_out(monkeypatch):
     """Those in which the loss grows with the size or with the tokens."""
-    monkeypatch.setattr(scaling, "GRID", np.linspace(0.3, 0.6, 7))
+    monkeypatch.setattr(scaling_law, "GRID", np.linspace(0.3, 0.6, 7))
     runs = runs_of(TRUE, noise=1.0)
-    laws = scaling.bootstrap(runs, n_times=20)
+    laws = scaling_law.bootstrap(runs, n_times=20)
     assert 10 <= len(laws) < 20
     flat = [dataclasses.replace(run, val_loss=run.n_tokens / 1e8) for run in runs]
     with pytest.raises(ValueError, match="single runs"):
-        scaling.bootstrap(flat, n_times=20)
+        scaling_law.bootstrap(flat, n_times=20)
 
 
 def test_too_few_runs_are_no_law():
     with pytest.raises(ValueError, match="too few"):
-        scaling.fit(runs_of(TRUE)[:5])
+        scaling_law.fit(runs_of(TRUE)[:5])
 
 
 @pytest.fixture
@@ -79,8 +80,17 @@ def made(tiny, monkeypatch) -> list[str]:
         return self.result(plan)
 
     monkeypatch.setattr(study.Study, "make", make)
-    monkeypatch.setattr(scaling, "GRID", np.linspace(0.3, 0.6, 7))
+    monkeypatch.setattr(scaling_law, "GRID", np.linspace(0.3, 0.6, 7))
     return names
+
+
+def test_a_study_of_another_text_takes_no_runs_of_this_one(folder):
+    mine = study.Study(study.ScalingConfig(dataset="tiny"), 30, 1000)
+    mine.folder.mkdir(parents=True)
+    mine.refuse_another("a")
+    mine.refuse_another("a")
+    with pytest.raises(InputError, match="another text"):
+        mine.refuse_another("b")
 
 
 def test_a_study_predicts_and_then_makes_the_largest_run(made, call):

@@ -174,6 +174,11 @@ def test_chat_is_for_runs_of_prompts_and_answers(sums, call):
         assert chunks[0].choices[0].delta.role == "assistant"
         streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         assert streamed == choice.message.content
+        with pytest.raises(openai.BadRequestError, match=r"messages\.0\.content: Input"):
+            parts = [{"type": "text", "text": "3+4="}]
+            running.client.chat.completions.create(
+                model="out", messages=[{"role": "user", "content": parts}]
+            )
         with pytest.raises(openai.BadRequestError, match="messages"):
             running.client.chat.completions.create(
                 model="out", messages=[{"role": "system", "content": "x"}, *messages]
@@ -209,6 +214,14 @@ def test_errors_are_those_of_the_api(running):
         with pytest.raises(openai.BadRequestError) as caught:
             create(**asked | {"prompt": prompt})
         assert caught.value.param == "prompt", prompt
+    for prompt, said in {
+        (-1,): "token ids are 0 to",
+        (True,): "prompt: Input should be a text, a list of texts, token ids",
+        ("the", ""): "the prompt is empty",
+    }.items():
+        with pytest.raises(openai.BadRequestError, match=said) as caught:
+            create(**asked | {"prompt": [*prompt]})
+        assert caught.value.code is None
     with pytest.raises(openai.BadRequestError, match="Extra inputs"):
         create(**asked, extra_body={"speed": 9})
     with pytest.raises(openai.BadRequestError, match="use /v1/completions"):
