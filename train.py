@@ -10,11 +10,11 @@ Usage:
 import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports below
 import contextlib
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 from model import GPT, GPTConfig
@@ -32,8 +32,8 @@ from quill.training import checkpoint, checks, devices, distributed, lora, run_f
 from quill.training.checkpoint import Progress
 from quill.training.cuda_graph import Recorded
 from quill.training.ema import EMA
+from quill.training.evaluation import evaluate_split
 from quill.training.log import Logger, NullLogger, StepTimer, evaluation_text
-from quill.training.metrics import count_answers
 from quill.training.models import Bigram, build, config_from_options
 from quill.training.nonfinite import LossScaler, NonFiniteGuard
 from quill.training.optimizers import OptimizerOptions, get_lr, make_optimizers, set_lr
@@ -205,48 +205,22 @@ def estimate_loss(run: Run) -> dict:
 
     Every metric in this dict is printed, written to the metrics and sent to the dashboards.
     """
-    train, val = run.data.train, run.data.val
-    train_loss, _ = evaluate_split(run, train, whole=False)
-    is_small = len(val) <= dataset.MAX_TOKENS_EVALUATED_WHOLE
-    val_loss, val_exact = evaluate_split(run, val, whole=is_small)
+    config, val = run.config, run.data.val
+
+    def evaluated(split: dataset.Split, whole: bool) -> tuple[float, float]:
+        """Over the whole split, or over eval_iters windows spread evenly."""
+        offsets = split.eval_offsets(config.eval_iters, whole)
+        check = functools.partial(check_signals, run)
+        return evaluate_split(run.forward, split, offsets, config.batch_size, run.dtype, check)
+
+    train_loss, _ = evaluated(run.data.train, whole=False)
+    val_loss, val_exact = evaluated(val, whole=len(val) <= dataset.MAX_TOKENS_EVALUATED_WHOLE)
     metrics = {"train_loss": train_loss, "val_loss": val_loss}
     if val.examples is not None:
         metrics["val_exact"] = val_exact
     else:
         metrics["val_bpb"] = run.data.val_bpb(val_loss)
     return metrics
-
-
-@torch.no_grad()
-def evaluate_split(run: Run, split: dataset.Split, whole: bool) -> tuple[float, float]:
-    """-> nats per token, and the fraction of answers that greedy decoding would get right.
-
-    Over the whole split, or over eval_iters windows spread evenly.
-    """
-    batch_size, rank, n = run.config.batch_size, distributed.rank(), distributed.world_size()
-    offsets = split.eval_offsets(run.config.eval_iters, whole)
-    # Each process takes every n-th batch; windows past the end, whose targets are all ignored,
-    # fill up the last ones.
-    padding = np.full(-len(offsets) % (n * batch_size), len(split))
-    batches = np.append(offsets, padding).reshape(-1, batch_size)
-    sums = torch.zeros(len(batches), device=run.device)
-    # Of targets, of answers, of right answers.
-    counts = torch.zeros(3, len(batches), dtype=torch.int64, device=run.device)
-    loss_only = split.examples is None
-    run.model.eval()
-    for i in range(rank, len(batches), n):
-        check_signals(run)
-        idx, targets = split.get_batch(batches[i])
-        with devices.autocast(run.device, run.dtype):
-            logits, sums[i] = run.forward(idx, targets, reduction="sum", loss_only=loss_only)
-        counts[0, i] = (targets != dataset.IGNORE_INDEX).sum()
-        if not loss_only:
-            counts[1:, i] = count_answers(logits[..., : split.vocab_size], targets)
-    run.model.train()
-    # Summed in one order, however many processes there are.
-    sums, counts = distributed.all_reduce(sums).cpu(), distributed.all_reduce(counts).cpu()
-    n_targets, n_answers, n_right = counts.sum(dim=1).tolist()
-    return float(sums.double().sum()) / n_targets, n_right / max(1, n_answers)
 
 
 def sample_text(run: Run) -> str:

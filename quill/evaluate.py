@@ -47,7 +47,8 @@ def main(argv: list[str]) -> int:
         checks.check_tokenizer(dataset, data, loaded, name)
         checks.note_replaced_text(dataset, data, loaded, name)
         started = time.perf_counter()
-        loss, exact = evaluate_split(model, data.val, config.batch_size, dtype)
+        whole = data.val.eval_offsets(0, whole=True)
+        loss, exact = evaluate_split(model, data.val, whole, config.batch_size, dtype)
     seconds = time.perf_counter() - started
     scores = f"val loss {loss:.4f}, "
     if data.val.examples is None:

@@ -94,9 +94,9 @@ class PolicyTask:
     def evaluate(self) -> dict:
         """On the val split: its loss, and how the policy completes some of its prompts."""
         loop, config = self.loop, self.config
-        val_loss, val_exact = evaluate_split(
-            self.model, self.data.val, config.batch_size, loop.dtype, loop.check_signals
-        )
+        split, sizes = self.data.val, (config.batch_size, loop.dtype)
+        whole = split.eval_offsets(0, whole=True)
+        val_loss, val_exact = evaluate_split(self.model, split, whole, *sizes, loop.check_signals)
         places = self.val.spread(config.val_prompts)
         rollouts = self.roll_out(self.val, places, 1, VAL_PROMPTS)
         log_probs, _ = self.log_probs(self.model, rollouts)

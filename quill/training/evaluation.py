@@ -1,33 +1,47 @@
-"""The loss of a model on a whole split, as train.py computes it, in one process."""
+"""The loss of a model on a split: of train.py's processes together, and of other commands."""
 
+import numpy as np
 import torch
 
 from quill.data.dataset import IGNORE_INDEX, Split
-from quill.training import devices
+from quill.training import devices, distributed
 from quill.training.metrics import count_answers
 
 
 @torch.no_grad()
 def evaluate_split(
-    model: torch.nn.Module, split: Split, batch_size: int, dtype: torch.dtype, check=lambda: None
+    forward: torch.nn.Module,
+    split: Split,
+    offsets: np.ndarray,
+    batch_size: int,
+    dtype: torch.dtype,
+    check=lambda: None,
 ) -> tuple[float, float]:
     """-> nats per token, and the fraction of answers that greedy decoding would get right.
 
+    offsets: of the windows, as `Split.eval_offsets` gives them; each process takes its part.
     check: called before each batch; may raise.
     """
-    offsets = split.eval_offsets(0, whole=True)
-    losses, n_targets = [], 0
-    answers = torch.zeros(2, dtype=torch.int64, device=split.device)
-    for start in range(0, len(offsets), batch_size):
+    rank, n = distributed.rank(), distributed.world_size()
+    # Each process takes every n-th batch; windows past the end, whose targets are all ignored,
+    # fill up the last ones.
+    padding = np.full(-len(offsets) % (n * batch_size), len(split))
+    batches = np.append(offsets, padding).reshape(-1, batch_size)
+    sums = torch.zeros(len(batches), device=split.device)
+    # Of targets, of answers, of right answers.
+    counts = torch.zeros(3, len(batches), dtype=torch.int64, device=split.device)
+    loss_only, was_training = split.examples is None, forward.training
+    forward.eval()
+    for i in range(rank, len(batches), n):
         check()
-        idx, targets = split.get_batch(offsets[start : start + batch_size])
-        loss_only = split.examples is None
+        idx, targets = split.get_batch(batches[i])
         with devices.autocast(split.device, dtype):
-            logits, loss = model(idx, targets, reduction="sum", loss_only=loss_only)
-        losses.append(loss)
-        n_targets += (targets != IGNORE_INDEX).sum()
+            logits, sums[i] = forward(idx, targets, reduction="sum", loss_only=loss_only)
+        counts[0, i] = (targets != IGNORE_INDEX).sum()
         if not loss_only:
-            answers += count_answers(logits[..., : split.vocab_size], targets)
-    n_answers, n_right = answers.tolist()
-    total = float(torch.stack(losses).cpu().double().sum())  # MPS has no float64
-    return total / int(n_targets), n_right / max(1, n_answers)
+            counts[1:, i] = count_answers(logits[..., : split.vocab_size], targets)
+    forward.train(was_training)
+    # Summed in one order, however many processes there are.
+    sums, counts = distributed.all_reduce(sums).cpu(), distributed.all_reduce(counts).cpu()
+    n_targets, n_answers, n_right = counts.sum(dim=1).tolist()
+    return float(sums.double().sum()) / n_targets, n_right / max(1, n_answers)
