@@ -47,9 +47,10 @@ def refuse_special_files(*paths: Path) -> None:
 
 def refuse_to_replace(path: Path) -> None:
     """Raise InputError where there is a file already, which nobody asked to replace, or no file."""
-    refuse_special_files(path, _temporary(path))
-    if path.exists():
-        raise InputError(f"{path} exists already: give another name, or remove it")
+    for name in (path, _temporary(path)):
+        refuse_special_files(name)
+        if name.exists():
+            raise InputError(f"{name} exists already: give another name, or remove it")
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """What the commands import before anything else, as importing torch takes a second or two.
 
 Importing it installs a handler for Ctrl-C (one line and exit code 130, no traceback), opens
-/dev/null in place of standard streams that are closed, and ends a command whose packages are not
-there.
+/dev/null in place of standard streams that are closed, and ends a command whose packages or whose
+current folder are not there.
 """
 
 import importlib.util
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from quill.errors import EXIT_BAD_INPUT, print_error
 
@@ -44,7 +45,16 @@ def refuse_missing_packages() -> None:
         sys.exit(EXIT_BAD_INPUT)
 
 
+def refuse_missing_folder() -> None:
+    try:
+        Path.cwd()
+    except OSError as error:  # which libraries that torch loads would say in their own ways
+        print_error(f"the current folder: {error.strerror}; change to another")
+        sys.exit(EXIT_BAD_INPUT)
+
+
 open_closed_streams()
 refuse_missing_packages()
+refuse_missing_folder()
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, interrupt)

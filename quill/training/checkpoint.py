@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from quill.errors import InputError, describe_os_error, print_note
+from quill.errors import InputError, blames_input, describe_os_error, print_note
 from quill.files import atomic_write, open_file, sha256_of
 from quill.training.devices import is_out_of_memory
 
@@ -210,7 +210,8 @@ def load_latest(out_dir: Path, may_move: bool, is_quiet: bool = False) -> dict:
                     f"(--init_from={out_dir} --out_dir={out_dir}-2)"
                 ) from None
             raise
-        contents = load_checkpoint(previous, for_resume=True)
+        with blames_input(f"neither {path} nor the one before it can be resumed", InputError):
+            contents = load_checkpoint(previous, for_resume=True)
         if may_move and path.exists():
             aside = path.replace(path.with_suffix(".damaged"))
             error = f"{error}; kept as {aside}"

@@ -37,7 +37,8 @@ def refuse_to_overwrite(folder: Path) -> None:
 
 def refuse_what_cannot_be_saved(folder: Path) -> None:
     """Raises InputError where a later save would fail, or reading would wait for a pipe."""
-    refuse_special_files(*(folder / name for name in (METRICS, *CHECKPOINTS)))
+    for name in (METRICS, *CHECKPOINTS):
+        refuse_special_files(folder / name, folder / f"{name}.tmp")
 
 
 def next_previous(folder: Path) -> Path:

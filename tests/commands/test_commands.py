@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -100,6 +101,16 @@ def test_what_is_no_command_says_what_to_run():
     commands = [path.stem for path in programs if "\n    run_command(main)" in path.read_text()]
     assert done.returncode == 1 and len(commands) == 12
     assert all(f".{name}" in done.stderr for name in commands)
+
+
+@pytest.mark.parametrize("script", ["prepare", "sample"])
+def test_a_current_folder_that_is_gone_is_one_line(folder, script):
+    gone = folder / "gone"
+    gone.mkdir()
+    started = f"cd {gone}; rmdir {gone}; {shlex.join(command_line(script, 'x'))}"
+    done = subprocess.run(["sh", "-c", started], capture_output=True, text=True, env=environment())
+    assert done.returncode == 2 and is_one_error_line(done.stderr), done.stderr
+    assert "the current folder: No such file" in done.stderr
 
 
 @pytest.mark.parametrize("line", ["train.py", "prepare.py", "sample.py", "-m quill.plot"])

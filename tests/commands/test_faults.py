@@ -332,6 +332,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_one_before(tiny, call):
         Path("parts", name).write_bytes(b"")
     code, _, err = call("train", "--out_dir=parts", "--init_from=auto")
     assert code == 2 and is_one_error_line(err), "both lost: no silent start from scratch"
+    assert "neither parts/ckpt.pt nor the one before it" in err
     assert "use the weights of parts/best.pt (--init_from=parts/best.pt)" in err
     start = ["--init_from=parts/best.pt", "--out_dir=new", "--max_iters=1", "--eval_iters=1"]
     assert call("train", "--dataset=tiny", *start)[0] == 0

@@ -127,7 +127,9 @@ def test_a_line_that_is_no_pair_is_named(preferred, call, command, line, said):
 
 def test_what_cannot_work_is_one_line(preferred, call):
     write_reward("zero", "0")
+    Path("mine.tmp").write_text("kept")
     for argv, said in (
+        (["pairs", "ones.py", "--start_from=out", "--to=mine"], "mine.tmp exists already"),
         (["pairs"], "give a judge"),
         (["pairs", "ones.py", "--start_from=out"], "exists already"),
         (["pairs", "ones.py", "--start_from=out", "--to="], "give the name of a file"),
@@ -140,3 +142,4 @@ def test_what_cannot_work_is_one_line(preferred, call):
         code, _, err = call(*argv)
         assert code == 2 and is_one_error_line(err) and said in err
     assert len(Path("pairs.jsonl").read_text().splitlines()) == 200, "left as it was"
+    assert Path("mine.tmp").read_text() == "kept"
