@@ -115,7 +115,9 @@ class FixedKVCache(KVCache):
         return self.new
 
     def append(self, layer: int, k, v):
-        return self.k[layer].index_copy_(2, self.new, k), self.v[layer].index_copy_(2, self.new, v)
+        keys, values = self.k[layer], self.v[layer]
+        v = v.to(values.dtype)  # on a CPU that is float32 where v is bfloat16
+        return keys.index_copy_(2, self.new, k), values.index_copy_(2, self.new, v)
 
     def mask(self, T: int):
         return self.bias  # (T, block_size)

@@ -58,6 +58,16 @@ def test_a_window_makes_the_tokens_of_generate(name, B, prompt_tokens, n_tokens,
     assert [*plain] == expected
 
 
+@pytest.mark.parametrize("kind", [CLASSIC, MODERN])
+def test_a_window_of_bfloat16_weights(kind):
+    """As `sample.py --compile=true` has them on a CPU; the cache is in float32 there."""
+    model = tiny_model(kind).bfloat16()
+    idx, cuts = torch.tensor([[1, 2, 3]]), {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+    expected = [new.tolist() for new in generate(model, idx, 20, **cuts)]
+    made = Window(model, 11, False, 1, **cuts).generate(idx, 20, lambda n: torch.zeros(n, 1))
+    assert [*made] == expected
+
+
 def test_a_window_serves_one_text_after_another():
     window = Window(MODELS["modern"], 11, False, 1, temperature=0.0, top_k=0, top_p=1.0)
     idx = torch.tensor([[1, 2, 3]])
