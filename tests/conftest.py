@@ -81,7 +81,7 @@ def full_disk(monkeypatch):
     """full_disk("out/ckpt.pt"): whoever writes that file finds the disk full."""
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    for room in ("files", "data.download"):
+    for room in ("files", "data.download", "training.run_folder"):
         monkeypatch.setattr(f"quill.{room}.refuse_special_files", lambda *paths: None)
     return lambda path, end=".tmp": Path(f"{path}{end}").symlink_to("/dev/full")
 
