@@ -76,6 +76,7 @@ def load_training_state(
 ) -> Progress:
     """Put the state of the checkpoint `path` into these; raises InputError if it does not fit."""
     try:
+        models.check_finite(saved["model"])
         load_model_state_dict(model, saved["model"])
         ema.restart()  # from these weights, for a checkpoint that has no average
         if ema.average and saved["average"]:
@@ -102,7 +103,6 @@ def load_model_state_dict(model: torch.nn.Module, weights: dict) -> None:
     weights, own = lora.fitted(model, weights), model.state_dict()
     if own.keys() != weights.keys():
         raise ValueError("its weights are not the model's")
-    models.check_finite(weights)
     load_tensors([*own.values()], [weights[name] for name in own])
 
 
