@@ -63,6 +63,10 @@ class PretrainedEnsemble(Pretrained):
         models = [super().build(), *(other.build() for other in self.others)]
         return Ensemble(models, self.tokenizer.vocab_size)
 
+    def parts(self, name: str) -> list[tuple[str, Pretrained]]:
+        folders = map(str, split_folders(name))
+        return [*zip(folders, (self, *self.others), strict=True)]
+
 
 def from_folders(names: str) -> Pretrained:
     """The best weights of a run's folder, or of several whose names are separated by commas.

@@ -66,6 +66,10 @@ class Pretrained:
         model.load_state_dict(self.weights)
         return model
 
+    def parts(self, name: str) -> list[tuple[str, "Pretrained"]]:
+        """Itself, loaded from `name`; the members of an ensemble, each with its own name."""
+        return [(name, self)]
+
     def options(self) -> dict:
         """The train.py options that give such a model."""
         options = models.config_to_dict(self.config)
