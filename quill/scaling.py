@@ -33,12 +33,13 @@ from quill.errors import (
     needs_extra,
     run_command,
 )
-from quill.files import atomic_write, dataset_folder, file_lock, open_file
+from quill.files import atomic_write, dataset_folder, file_lock, open_file, sha256_of_file
 from quill.settings import option
 from quill.views import curves, scaling_law
 from quill.views.scaling_law import Run
 
 ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "config" / "scaling.py"
 SIZES = ((2, 32), (2, 48), (3, 64), (4, 80), (4, 112), (5, 144))  # layers, width
 LARGER_SIZES = ((6, 176), (6, 208))  # for the prediction
 HEAD_SIZE = 16
@@ -87,9 +88,9 @@ def main(argv: list[str]) -> int:
     with needs_extra("plot"):
         import matplotlib  # noqa: F401  fails before the runs, not after them
     meta, _ = dataset_files.read(dataset_folder(config.dataset))
-    study = Study(config, meta.vocab_size, meta.train_tokens)
+    study = Study(config, meta)
     with file_lock(study.folder):
-        study.refuse_another(meta.sha256)
+        study.refuse_another()
         factors = study.tune()
         runs = study.make_all(study.grid(factors))
         try:
@@ -110,17 +111,18 @@ def main(argv: list[str]) -> int:
 class Study:
     """The runs of a study, each made once; those of its folder are not made again."""
 
-    def __init__(self, config: ScalingConfig, vocab_size: int, train_tokens: int):
-        self.config, self.folder = config, Path(config.out_dir, config.dataset)
-        self.vocab_size, self.train_tokens = vocab_size, train_tokens
+    def __init__(self, config: ScalingConfig, meta: dataset_files.Meta):
+        self.config, self.folder, self.meta = config, Path(config.out_dir, config.dataset), meta
         self.budgets = [config.smallest * 2**i for i in range(config.budgets)]
         self.middle = self.budgets[(len(self.budgets) - 1) // 2]  # where the rates are tuned
         self.processes: list[subprocess.Popen] = []  # of the runs, also of those that have ended
 
-    def refuse_another(self, text_sha256: str) -> None:
+    def refuse_another(self) -> None:
         """Raises InputError where the folder's runs are of another text or of other settings."""
         path = self.folder / "study.json"
-        own = {"text": text_sha256, "switches": SWITCHES, "batch_size": BATCH_SIZE, "rates": RATES}
+        own = {"text": self.meta.sha256, "vocab_size": self.meta.vocab_size}
+        own |= {"switches": SWITCHES, "batch_size": BATCH_SIZE, "rates": RATES}
+        own |= {"smallest": self.config.smallest, "config": sha256_of_file(CONFIG)}
         if not path.exists():
             with atomic_write(path) as (file,):
                 file.write(json.dumps(own).encode())
@@ -155,7 +157,7 @@ class Study:
         n_layer, n_embd = size
         sizes = {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_embd // HEAD_SIZE}
         with torch.device("meta"):  # to count
-            model = GPT(GPTConfig(**sizes, **SWITCHES, vocab_size=self.vocab_size, bias=False))
+            model = GPT(GPTConfig(**sizes, **SWITCHES, vocab_size=self.meta.vocab_size, bias=False))
         flops_per_step = model.flops_per_token() * BATCH_SIZE * SWITCHES["block_size"]
         n_steps = max(1, round(budget / flops_per_step))
         return Plan(size, budget, factor, seed, model.n_parameters(), n_steps)
@@ -200,7 +202,7 @@ class Study:
                 done += plan.budget
                 seconds = (work - done) / done * (time.monotonic() - started)
                 to_go = datetime.timedelta(seconds=round(seconds))
-                passes = plan.n_tokens / self.train_tokens
+                passes = plan.n_tokens / self.meta.train_tokens
                 note = f", {passes:.1f} passes over the text" if passes > 1 else ""
                 print(f"{plan.name}: val loss {run.val_loss:.4f}{note}; {to_go} to go", flush=True)
         except SystemExit:  # SIGTERM; of Ctrl-C the runs have heard themselves
@@ -213,7 +215,7 @@ class Study:
         return [self.result(plan) for plan in plans]
 
     def make(self, plan: Plan) -> Run:
-        argv = [sys.executable, str(ROOT / "train.py"), str(ROOT / "config" / "scaling.py")]
+        argv = [sys.executable, str(ROOT / "train.py"), str(CONFIG)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = subprocess.Popen([*argv, *self.flags(plan)], env=environment, **streams)
@@ -230,12 +232,13 @@ class Study:
         options |= {"n_layer": n_layer, "n_embd": n_embd, "n_head": n_embd // HEAD_SIZE, **SWITCHES}
         options |= {name: rate * plan.factor for name, rate in RATES.items()}
         options |= {"batch_size": BATCH_SIZE, "max_iters": plan.n_steps, "seed": plan.seed}
+        options |= {"init_std": n_embd**-0.5, "warmup_iters": plan.n_steps // 20}
         return [f"--{name}={value}" for name, value in options.items()] + ["--init_from=auto"]
 
     def result(self, plan: Plan) -> Run | None:
         """None while the run is not finished."""
         path = self.folder / plan.name / "metrics.jsonl"
-        if not path.exists():
+        if not path.exists() or b"val_loss" not in path.read_bytes():
             return None
         losses = dict(zip(*curves.columns(curves.read_metrics(path), "val_loss"), strict=True))
         if plan.n_steps not in losses:

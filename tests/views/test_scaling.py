@@ -16,6 +16,7 @@ import pytest
 from helpers import REPO, is_one_error_line
 
 from quill import scaling as study
+from quill.data import dataset_files
 from quill.errors import InputError
 from quill.files import file_lock
 from quill.training.checkpoint import load_checkpoint
@@ -84,13 +85,28 @@ def made(tiny, monkeypatch) -> list[str]:
     return names
 
 
-def test_a_study_of_another_text_takes_no_runs_of_this_one(folder):
-    mine = study.Study(study.ScalingConfig(dataset="tiny"), 30, 1000)
+def study_of(meta=None, **options) -> study.Study:
+    meta = meta or dataset_files.read(Path("data/tiny"))[0]
+    return study.Study(study.ScalingConfig(dataset="tiny", **options), meta)
+
+
+def test_a_study_of_another_text_takes_no_runs_of_this_one(tiny):
+    mine = study_of()
     mine.folder.mkdir(parents=True)
-    mine.refuse_another("a")
-    mine.refuse_another("a")
-    with pytest.raises(InputError, match="another text"):
-        mine.refuse_another("b")
+    mine.refuse_another()
+    mine.refuse_another()
+    another_text = dataclasses.replace(mine.meta, sha256="b")
+    for other in (study_of(another_text), study_of(smallest=1.00001e12)):
+        with pytest.raises(InputError, match="another text or of other settings"):
+            other.refuse_another()
+
+
+def test_a_run_that_was_stopped_in_its_first_evaluation_is_not_finished(tiny):
+    mine = study_of()
+    plan = mine.plan((2, 32), 1e12, 1.0)
+    (mine.folder / plan.name).mkdir(parents=True)
+    (mine.folder / plan.name / "metrics.jsonl").touch()
+    assert mine.result(plan) is None
 
 
 def test_a_study_predicts_and_then_makes_the_largest_run(made, call):
