@@ -44,7 +44,7 @@ def test_a_reward_model_learns_the_judge_and_trains_a_policy(preferred, call):
     first, last = evaluations("out-reward")
     assert first["val_loss"] == pytest.approx(0.6931, abs=1e-3), "at first all are equally good"
     assert last["val_pairs"] > 0.8
-    flags = [*RL, "--max_iters=40", "--eval_interval=40", "--learning_rate=1e-2", "--kl_weight=0"]
+    flags = [*RL, "--max_iters=40", "--eval_interval=40", "--learning_rate=1e-2"]
     assert call("rl", *flags, "--reward=out-reward", "--judge=ones.py")[0] == 0
     first, last = evaluations("rl")
     assert last["val_reward"] > first["val_reward"]
