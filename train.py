@@ -125,6 +125,7 @@ class Run:
     timer: StepTimer
     update: Recorded  # update_weights, on one GPU as a single launch
     progress: Progress
+    made_of: dict[str, str]  # digests of the weights it starts from and of its teacher's
     teacher: Teacher | None = None
     is_resumed: bool = False
     next_batch: tuple | None = None  # prefetched
@@ -175,11 +176,14 @@ def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | No
         timer=StepTimer(config.tokens_per_step, model.flops_per_token(), device, dtype, compiles),
         update=Recorded(lambda *batch: update_weights(run, *batch), device if records else None),
         progress=Progress(),
+        made_of={} if start is None else {"init_from": state_dict.digest(start.weights)},
     )
-    if config.distill_from:
+    if config.distill_from and not config.eval_only:
         teachers, weight = config.distill_from, config.distill_weight
         run.teacher = Teacher(teachers, weight, config, data, device)
+        run.made_of["distill_from"] = state_dict.digest(run.teacher.model.state_dict())
     if saved is not None:
+        run.made_of = checks.check_made_of(config, run.made_of, saved)
         parts = (model, run.optimizers, run.ema, run.scaler, run.guard)
         path = Path(config.out_dir, checkpoint.LATEST)
         run.progress = state_dict.load_training_state(saved, path, *parts)
@@ -420,7 +424,7 @@ def save(run: Run) -> None:
     run.saver.wait()  # for the save before, so that the copies of two need not fit in memory
     contents = state_dict.weights_and_config(run)
     contents |= state_dict.training_state(run.optimizers, run.ema, run.scaler)
-    contents["progress"] = dataclasses.asdict(run.progress)
+    contents["progress"], contents["made_of"] = dataclasses.asdict(run.progress), run.made_of
     run.log.sync()  # no checkpoint on the disk is newer than the metrics that led to it
     run.saver.start(contents)
 

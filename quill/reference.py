@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from quill import settings
+from quill.data import tokenizers
 from quill.errors import InputError, blames_input, run_command
 from quill.files import atomic_write, refuse_to_replace, split_folders
 from quill.settings import option
@@ -58,11 +59,18 @@ def header_of(folders: list[Path]) -> dict:
     headers, seeds = [], []
     for folder in folders:
         saved = checkpoint.load_checkpoint(folder / checkpoint.LATEST)
-        options = reference.options_that_count(saved["config"])
-        headers.append({"options": options, "text_sha256": saved.get("text_sha256")})
+        tokenizer = tokenizers.from_json(saved["tokenizer"], str(folder))
+        parts = saved["config"], saved.get("text_sha256"), tokenizer.vocab_size
+        headers.append(reference.header_of(*parts, saved.get("made_of", {})))
         seeds.append(saved["config"].get("seed"))
-    if any(seeds.count(s) > 1 for s in seeds) or any(header != headers[0] for header in headers):
-        raise InputError("these runs should differ in their seeds and in nothing else")
+    for folder, header, seed in zip(folders, headers, seeds, strict=True):
+        flat = [{**h["options"], **h} for h in (headers[0], header)]
+        if different := checkpoint.differences(*flat, free={"options"}):
+            raise InputError(
+                f"{folder} differs from {folders[0]} in more than its seed: {', '.join(different)}"
+            )
+        if seeds.count(seed) > 1:
+            raise InputError(f"{folder} and another run have the same seed, {seed}")
     return headers[0] | {"seeds": seeds}
 
 

@@ -4,7 +4,7 @@ import torch
 
 from model import cross_entropy
 from quill.data.dataset import IGNORE_INDEX
-from quill.errors import InputError
+from quill.errors import InputError, blames_input
 from quill.files import split_folders
 from quill.interop import ensemble
 from quill.interop.start import lies_in
@@ -25,8 +25,11 @@ class Teacher:
             raise InputError(
                 f"out_dir={config.out_dir} is a teacher's (distill_from): choose another folder"
             )
-        loaded = ensemble.from_folders(names)
+        with blames_input("distill_from", InputError):
+            loaded = ensemble.from_folders(names)
         checks.check_tokenizer(config.dataset, data, loaded, names)
+        for name, part in loaded.parts(names):
+            checks.note_replaced_text(config.dataset, data, part, name)
         self.model = loaded.build().eval().to(device)
         longest = self.model.config.block_size
         if longest < config.block_size:

@@ -103,24 +103,10 @@ class Loop:
         self.signals: list[int] = []  # received, that ask to stop
         if saved is not None:
             checks.check_resume(config, self.data, None, saved)
-            self.check_made_of(saved)
+            checks.check_made_of(config, self.made_of, saved)
             parts = (self.model, self.optimizers, self.ema, self.scaler, self.guard)
             path = Path(config.out_dir, checkpoint.LATEST)
             self.progress = state_dict.load_training_state(saved, path, *parts)
-
-    def check_made_of(self, saved: dict) -> None:
-        """Raises InputError where these are not what the checkpoint was trained from."""
-        then = saved.get("made_of", {})
-        changed = [
-            f"{name}={getattr(self.config, name)}"
-            for name, digest in self.made_of.items()
-            if not isinstance(then, dict) or then.get(name) != digest
-        ]
-        if changed:
-            raise InputError(
-                f"{self.config.out_dir} cannot be resumed: {' and '.join(changed)} is not what it "
-                "was when the run began; put it back, or start a new run in another --out_dir"
-            )
 
     def run(self) -> int:
         """To the end, or until a signal; -> exit code."""

@@ -98,6 +98,26 @@ def check_resume(config, data, model_config, saved: dict) -> None:
         raise InputError(f"max_iters={config.max_iters} lies before step {saved['step']} of {path}")
 
 
+def check_made_of(config, made_of: dict[str, str], saved: dict) -> dict[str, str]:
+    """-> all that the checkpoint's run was made of: digests, by the options that name the files.
+
+    Raises InputError where one of `made_of`, the present files, is another one.
+    """
+    then = saved.get("made_of", {})
+    then = then if isinstance(then, dict) else {}
+    changed = [
+        f"{name}={getattr(config, name)}"
+        for name, digest in made_of.items()
+        if then.get(name) != digest
+    ]
+    if changed:
+        raise InputError(
+            f"{config.out_dir} cannot be resumed: {' and '.join(changed)} is not what it was when "
+            "the run began; put it back, or start a new run in another --out_dir"
+        )
+    return then
+
+
 def way_to_dataset(saved: dict, out_dir: Path, now_named: str) -> str:
     """How to have the dataset that the checkpoint was trained on, in words."""
     name = saved["config"].get("dataset")

@@ -51,7 +51,7 @@ class Logger:
         self.file = None
         self.dashboards = _open_dashboards(self.out_dir, config, self.resumed)
         self.sample_flag = _start_of_a_sample(run.data)
-        self.expected = reference.find(run.config, run.data.meta.sha256)
+        self.expected = reference.find(run.config, run.data.meta, run.made_of)
         print_line(self.summary(run))
 
     def summary(self, run) -> str:

@@ -32,6 +32,7 @@ def read_metrics(path: Path) -> list[dict]:
                 del record["loss"]  # the step's update was skipped
             numbers = [x for name, x in record.items() if name.startswith("val_") or name in DRAWN]
             are_drawable = all(type(x) is float and not abs(x) > 1e30 for x in numbers)
+            are_drawable &= ("expected_low" in record) == ("expected_high" in record)
             if type(record["step"]) is not int or abs(record["step"]) > 1e15 or not are_drawable:
                 raise ValueError("no step with losses")
         records.append(record)

@@ -99,7 +99,27 @@ def test_a_text_that_was_replaced_is_told(tiny, call):
     call("prepare", "tiny", "--input=more.txt", "--overwrite=true")
     code, out, err = call("evaluate")
     assert code == 0 and "out on tiny" in out
-    assert err == "dataset 'tiny' has another text now than when out was trained on it\n"
+    note = "dataset 'tiny' has another text now than when {} was trained on it\n"
+    assert err == note.format("out")
+    assert call("train", *TINY, "--out_dir=new")[0] == 0
+    assert call("evaluate", "--out_dir=new,out")[2] == note.format("out"), "of the member alone"
+    assert call("train", *TINY, "--out_dir=b", "--distill_from=new,out")[2] == note.format("out")
+
+
+def test_members_of_several_datasets_are_evaluated_on_a_named_one(tiny, call):
+    assert call("prepare", "twin", "--input=text.txt")[0] == 0
+    for name in ("tiny", "twin"):
+        assert call("train", *TINY, f"--dataset={name}", f"--out_dir={name}")[0] == 0
+    code, _, err = call("evaluate", "--out_dir=tiny,twin")
+    assert code == 2 and is_one_error_line(err) and "give --dataset=NAME" in err
+    code, out, _ = call("evaluate", "--out_dir=tiny,twin", "--dataset=twin")
+    assert code == 0 and "tiny,twin on twin: val loss" in out
+
+
+def test_it_is_not_compiled(tiny, call):
+    assert call("train", *TINY)[0] == 0
+    code, _, err = call("sample", "--out_dir=out,out", "--compile=true")
+    assert code == 2 and is_one_error_line(err) and "compile=true" in err
 
 
 def student(*flags: str) -> train.Run:
@@ -149,6 +169,20 @@ def test_the_teacher_stays_as_it_is_and_out_of_the_checkpoint(tiny, call):
     assert (
         isinstance(run.model, GPT) and dataclasses.asdict(run.config)["distill_from"] == "out,out"
     )
+
+
+def test_a_student_goes_on_with_the_same_teacher_or_none(tiny, call):
+    assert call("train", *TINY, "--out_dir=teacher")[0] == 0
+    assert call("train", *TINY, "--distill_from=teacher", "--max_iters=3")[0] == 0
+    resume = ["train", "--init_from=resume", "--max_iters=6"]
+    Path("teacher").rename("elsewhere")
+    assert call("train", "--init_from=resume", "--eval_only=true")[0] == 0, "needs no teacher"
+    assert call("train", *TINY, "--out_dir=teacher", "--seed=2")[0] == 0
+    code, _, err = call(*resume)
+    assert code == 2 and is_one_error_line(err)
+    assert "distill_from=teacher is not what it was" in err
+    assert call(*resume, "--distill_from=elsewhere")[0] == 0, "the same under another name"
+    assert call(*resume, "--distill_from=", "--max_iters=7")[0] == 0
 
 
 def test_answers_have_no_bits_per_byte(sums, call):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import TINY, is_one_error_line
@@ -58,7 +60,10 @@ def test_a_run_of_it_says_where_it_stands(measured, call):
 def test_a_file_is_no_curve_or_is_in_the_way(measured, call):
     code, _, err = call("reference", "--out_dir=out-1,out-2,out-3", measured)
     assert code == 2 and is_one_error_line(err) and "exists already" in err
-    for text in ("", "{}", "[1", "[]"):
+    header, line, *_ = measured.read_text().splitlines()
+    damaged = json.loads(line)
+    texts = [f"{header}\n{json.dumps(damaged | {'mean': x})}" for x in (math.nan, 10**400, "1")]
+    for text in ("", "{}", "[1", "[]", *texts):
         (measured.parent / "a.jsonl").write_text(text)
         code, _, err = call("train", *TINY)
         assert code == 2 and is_one_error_line(err) and "a.jsonl is no reference curve" in err
@@ -75,22 +80,44 @@ def test_a_run_that_is_off_is_told_so(measured, call, shift):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--n_layer=1", "--learning_rate=2e-2", "--batch_size=2", "--dataset=other"]
+    "flag",
+    ["--n_layer=1", "--learning_rate=2e-2", "--batch_size=2", "--dataset=other", "--dataset=bytes"],
 )
 def test_another_run_is_not_compared(measured, call, flag):
+    assert call("prepare", "bytes", "--input=text.txt", "--tokenizer=byte")[0] == 0
     Path("text.txt").write_text("another text of the same letters\n" * 30)
     assert call("prepare", "other", "--input=text.txt")[0] == 0
     code, out, _ = call("train", *TINY, flag)
     assert code == 0 and "expected" not in out
 
 
+def test_a_finetuned_run_is_not_compared_with_one_from_scratch(measured, call):
+    assert call("train", *TINY, "--init_from=out-1", "--max_iters=3")[0] == 0
+    out = call("train", "--init_from=resume", "--max_iters=6")[1]
+    assert "resuming" in out and "expected" not in out
+    code, _, err = call("reference", "--out_dir=out,out-2", "x.jsonl")
+    assert code == 2 and is_one_error_line(err) and "made_of is {'init_from': " in err
+    # Three that start from the same weights have a curve of their own.
+    for seed in "456":
+        flags = ["--init_from=out-1", f"--seed={seed}", f"--out_dir=fine-{seed}"]
+        assert call("train", *TINY, *flags)[0] == 0
+    path = measured.parent / "fine.jsonl"
+    assert call("reference", "--out_dir=fine-4,fine-5,fine-6", path)[0] == 0
+    assert "expected" in call("train", *TINY, "--init_from=out-1", "--out_dir=new")[1]
+    assert "expected" not in call("train", *TINY, "--init_from=out-2", "--out_dir=newer")[1]
+
+
 def test_runs_of_several_configs_or_of_one_seed_are_no_reference(measured, call):
     assert call("train", *TINY, "--seed=9", "--n_embd=8", "--out_dir=narrow")[0] == 0
     assert call("train", *TINY, "--seed=9", "--out_dir=cut")[0] == 0
+    assert call("prepare", "bytes", "--input=text.txt", "--tokenizer=byte")[0] == 0
+    flags = [flag for flag in TINY if flag != "--dataset=tiny"]
+    assert call("train", *flags, "--dataset=bytes", "--seed=9", "--out_dir=bytes")[0] == 0
     Path("cut/metrics.jsonl").write_text('{"step": 7, "val_loss": 1.0}\n')
     for names, said in (
-        ("out-1,out-1", "differ in their seeds"),
-        ("out-1,narrow", "differ in their seeds"),
+        ("out-1,out-1", "have the same seed, 1"),
+        ("out-1,narrow", "narrow differs from out-1 in more than its seed: n_embd is 16 there and"),
+        ("out-1,bytes", "bytes differs from out-1 in more than its seed: vocab_size is"),
         ("out-1", "several runs"),
         ("out-1,cut", "no evaluation at the same step"),
     ):
@@ -113,7 +140,8 @@ def test_the_config_of_a_curve_is_still_the_one_that_was_measured(path):
     header = json.loads(path.read_text().splitlines()[0])
     argv = [f"config/{name}.py" for name in path.stem.split("+")]
     config = settings.load(TrainConfig, argv, usage="")
-    found = reference.find(config, header["text_sha256"])
+    meta = SimpleNamespace(sha256=header["text_sha256"], vocab_size=header["vocab_size"])
+    found = reference.find(config, meta, header["made_of"])
     assert config.max_iters in found and 0 in found
     now = reference.options_that_count(dataclasses.asdict(config))
     assert header["options"].items() <= now.items(), "what is newer has its default"
