@@ -292,9 +292,9 @@ def test_a_model_learns_the_answers_and_stops_after_them(folder, call):
     pairs = [{"prompt": f"{a}{b}>", "completion": f"{b}{a}"} for a in "abcd" for b in "abcd"]
     Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs * 20))
     assert call("prepare", "tiny", "--input=pairs.jsonl")[0] == 0
-    flags = ["--max_iters=150", "--eval_interval=150", "--batch_size=8", "--block_size=29"]
-    flags += ["--sample_at_eval=5"]
-    assert call("train", *TINY, *flags, "--n_embd=32", "--learning_rate=2e-2")[0] == 0
+    flags = ["--max_iters=250", "--eval_interval=250", "--batch_size=8", "--block_size=29"]
+    flags += ["--sample_at_eval=5", "--n_embd=32", "--lr_schedule=linear", "--min_lr=0"]
+    assert call("train", *TINY, *flags)[0] == 0
     last = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[-1])
     first_sample = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[0])["sample"]
     assert first_sample[2] == ">", "it begins with all of a prompt"
