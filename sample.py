@@ -13,6 +13,7 @@ import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports b
 import dataclasses
 import functools
 
+from model import GPT
 from quill import settings
 from quill.data import tokenizers
 from quill.errors import InputError, blames_input, reader_may_leave, run_command
@@ -46,6 +47,8 @@ def main(argv: list[str]) -> int:
     with out_of_memory_advice(f"lower num_samples={config.num_samples}"), reader_may_leave():
         loaded, tokenizer = load_for_sampling(config)
         model = loaded.build().eval().to(device, pick_dtype(config.dtype, device))
+        if config.compile and not isinstance(model, GPT):
+            raise InputError("compile=true is for a single GPT: leave it out")
         decoder = Decoder(model, tokenizer.vocab_size, config.compile)
         if config.interactive:
             flags = {"reverses_answers": loaded.reverses_answers}

@@ -64,8 +64,9 @@ def header_of(folders: list[Path]) -> dict:
         headers.append(reference.header_of(*parts, saved.get("made_of", {})))
         seeds.append(saved["config"].get("seed"))
     for folder, header, seed in zip(folders, headers, seeds, strict=True):
-        flat = [{**h["options"], **h} for h in (headers[0], header)]
-        if different := checkpoint.differences(*flat, free={"options"}):
+        there, here = ({**h["options"], **h} for h in (headers[0], header))
+        here = dict.fromkeys(there) | here  # a run from before an option lacks it
+        if different := checkpoint.differences(there, here, free={"options"}):
             raise InputError(
                 f"{folder} differs from {folders[0]} in more than its seed: {', '.join(different)}"
             )

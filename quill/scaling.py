@@ -238,8 +238,8 @@ class Study:
     def result(self, plan: Plan) -> Run | None:
         """None while the run is not finished."""
         path = self.folder / plan.name / "metrics.jsonl"
-        if not path.exists() or b"val_loss" not in path.read_bytes():
-            return None
+        if not path.exists() or b"val_loss" not in path.read_bytes().rpartition(b"\n")[0]:
+            return None  # not begun, or stopped in its first evaluation
         losses = dict(zip(*curves.columns(curves.read_metrics(path), "val_loss"), strict=True))
         if plan.n_steps not in losses:
             return None

@@ -8,7 +8,7 @@ from quill.errors import InputError, blames_input
 from quill.files import split_folders
 from quill.interop import ensemble
 from quill.interop.start import lies_in
-from quill.training import checks
+from quill.training import checks, distributed
 from quill.training.splits import Splits
 
 
@@ -28,7 +28,7 @@ class Teacher:
         with blames_input("distill_from", InputError):
             loaded = ensemble.from_folders(names)
         checks.check_tokenizer(config.dataset, data, loaded, names)
-        for name, part in loaded.parts(names):
+        for name, part in loaded.parts(names) if distributed.is_main() else ():
             checks.note_replaced_text(config.dataset, data, part, name)
         self.model = loaded.build().eval().to(device)
         longest = self.model.config.block_size

@@ -103,7 +103,7 @@ def check_made_of(config, made_of: dict[str, str], saved: dict) -> dict[str, str
 
     Raises InputError where one of `made_of`, the present files, is another one.
     """
-    then = saved.get("made_of", {})
+    then = saved.get("made_of", made_of)  # which older checkpoints lack
     then = then if isinstance(then, dict) else {}
     changed = [
         f"{name}={getattr(config, name)}"
@@ -112,8 +112,8 @@ def check_made_of(config, made_of: dict[str, str], saved: dict) -> dict[str, str
     ]
     if changed:
         raise InputError(
-            f"{config.out_dir} cannot be resumed: {' and '.join(changed)} is not what it was when "
-            "the run began; put it back, or start a new run in another --out_dir"
+            f"{config.out_dir} cannot be resumed: {' and '.join(changed)} is not what the run "
+            "began with; put that back, or start a new run in another --out_dir"
         )
     return then
 

@@ -46,7 +46,10 @@ def find(config, meta, made_of: dict[str, str]) -> dict[int, tuple[float, float]
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     own = header_of(dataclasses.asdict(config), meta.sha256, meta.vocab_size, made_of)
     for path in sorted(FOLDER.glob("*.jsonl")):
-        with blames_input(f"{path} is no reference curve", *NO_CURVE), open_file(path) as file:
+        with (
+            blames_input(f"{path} is no reference curve, make it anew or remove it", *NO_CURVE),
+            open_file(path) as file,
+        ):
             header, *lines = map(json.loads, file)
             header["options"] = options_that_count(defaults) | header["options"]
             if all(header[name] == value for name, value in own.items()):

@@ -22,6 +22,11 @@ def figures_of(call, *flags) -> dict:
     return figures
 
 
+def test_a_bigram_is_measured_as_well(tiny, call):
+    figures = figures_of(call, *TINY, "--model=bigram", "--timed_steps=10")
+    assert figures["decode_1_tokens_per_s"] > 0
+
+
 def test_the_figures_of_a_run_belong_together(tiny, call):
     figures = figures_of(call, *TINY, "--timed_steps=10")
     assert figures["tokens_per_step"] == 2 * 4 * 16

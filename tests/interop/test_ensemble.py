@@ -180,7 +180,7 @@ def test_a_student_goes_on_with_the_same_teacher_or_none(tiny, call):
     assert call("train", *TINY, "--out_dir=teacher", "--seed=2")[0] == 0
     code, _, err = call(*resume)
     assert code == 2 and is_one_error_line(err)
-    assert "distill_from=teacher is not what it was" in err
+    assert "distill_from=teacher is not what the run began with" in err
     assert call(*resume, "--distill_from=elsewhere")[0] == 0, "the same under another name"
     assert call(*resume, "--distill_from=", "--max_iters=7")[0] == 0
 

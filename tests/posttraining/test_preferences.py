@@ -85,7 +85,7 @@ def test_a_resume_from_other_pairs_or_weights_is_refused(preferred, call, comman
     Path("out").rename("kept")
     assert call("train", *START, "--seed=1")[0] == 0
     code, _, err = call(command, *resume)
-    said = "start_from=out and pairs=pairs.jsonl is not what it was"
+    said = "start_from=out and pairs=pairs.jsonl is not what the run began with"
     assert code == 2 and is_one_error_line(err) and said in err
     Path("pairs.jsonl").write_text("".join(lines))
     Path("out").rename("other")

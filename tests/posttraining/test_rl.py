@@ -143,7 +143,11 @@ def test_a_resume_of_something_else_is_refused(policy, call, monkeypatch):
     assert call("rl", *RL, "--reward=mine.py", "--out_dir=rl-mine", "--max_iters=1")[0] == 0
     write_reward("mine", "-len(completion)")
     code, _, err = call("rl", "--out_dir=rl-mine", "--init_from=resume", "--max_iters=2")
-    assert code == 2 and is_one_error_line(err) and "reward=mine.py is not what it was" in err
+    assert (
+        code == 2
+        and is_one_error_line(err)
+        and "reward=mine.py is not what the run began with" in err
+    )
     monkeypatch.setattr(problems, "SEED", 1)
     assert call("prepare", "addition", "--overwrite=true")[0] == 0
     code, _, err = call("rl", "--out_dir=rl", "--init_from=resume")

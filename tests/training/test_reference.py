@@ -13,6 +13,7 @@ from helpers import TINY, is_one_error_line
 
 from quill import settings
 from quill.training import reference
+from quill.training.checkpoint import load_checkpoint, save_checkpoint
 from train import TrainConfig
 
 
@@ -124,6 +125,16 @@ def test_runs_of_several_configs_or_of_one_seed_are_no_reference(measured, call)
         code, _, err = call("reference", f"--out_dir={names}", "x.jsonl")
         assert code == 2 and is_one_error_line(err) and said in err
     assert not Path("x.jsonl").exists()
+
+
+@pytest.mark.parametrize("names", ["out-1,old", "old,out-1"])
+def test_a_run_without_an_option_of_today_is_not_taken_for_one_with_it(measured, call, names):
+    saved = load_checkpoint(Path("out-2/ckpt.pt"))
+    del saved["config"]["token_shift"]
+    Path("old").mkdir()
+    save_checkpoint(Path("old/ckpt.pt"), saved)
+    code, _, err = call("reference", f"--out_dir={names}", "x.jsonl")
+    assert code == 2 and is_one_error_line(err) and "token_shift is " in err
 
 
 def test_the_plot_shows_what_is_expected(measured, call):

@@ -105,8 +105,9 @@ def test_a_run_that_was_stopped_in_its_first_evaluation_is_not_finished(tiny):
     mine = study_of()
     plan = mine.plan((2, 32), 1e12, 1.0)
     (mine.folder / plan.name).mkdir(parents=True)
-    (mine.folder / plan.name / "metrics.jsonl").touch()
-    assert mine.result(plan) is None
+    for text in ("", '{"step": 0, "val_loss": 4.0'):
+        (mine.folder / plan.name / "metrics.jsonl").write_text(text)
+        assert mine.result(plan) is None
 
 
 def test_a_study_predicts_and_then_makes_the_largest_run(made, call):
