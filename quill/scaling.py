@@ -46,7 +46,7 @@ HEAD_SIZE = 16
 SWITCHES = {"block_size": 64, "position": "rotary", "mlp": "swiglu", "token_shift": True}
 BATCH_SIZE = 24
 RATES = {"learning_rate": 8e-3, "muon_learning_rate": 0.03}
-FACTORS = (0.5, 1.0, 2.0)  # of these rates, tried for each size at a budget in the middle
+FACTORS = (0.5, 1.0, 2.0, 4.0)  # of these rates, tried for each size at a budget in the middle
 SEED = 1337
 AHEAD = 4  # times the largest budget, for the prediction
 
