@@ -38,9 +38,8 @@ def main(argv: list[str]) -> int:
     is_run = config.init_from == "resume"
     name = config.out_dir if is_run else config.init_from
     loaded = ensemble.from_folders(name) if is_run else pretrained.load(name)
-    parts = loaded.parts(name)
     dataset = config.dataset or loaded.dataset
-    if not config.dataset and any(part.dataset != dataset for _, part in parts):
+    if not config.dataset and any(part.dataset != dataset for _, part in loaded.parts(name)):
         raise InputError(f"{name} were trained on several datasets: give --dataset=NAME")
     if not dataset:
         raise InputError(f"{name} does not say what it was trained on: give --dataset=NAME")
@@ -48,8 +47,7 @@ def main(argv: list[str]) -> int:
         model = loaded.build().eval().to(device)
         data = open_splits(dataset, model.config.block_size, device)
         checks.check_tokenizer(dataset, data, loaded, name)
-        for part_name, part in parts:
-            checks.note_replaced_text(dataset, data, part, part_name)
+        checks.note_replaced_text(dataset, data, loaded, name)
         started = time.perf_counter()
         whole = data.val.eval_offsets(0, whole=True)
         loss, exact = evaluate_split(model, data.val, whole, config.batch_size, dtype)

@@ -238,9 +238,9 @@ class Study:
     def result(self, plan: Plan) -> Run | None:
         """None while the run is not finished."""
         path = self.folder / plan.name / "metrics.jsonl"
-        if not path.exists() or b"val_loss" not in path.read_bytes().rpartition(b"\n")[0]:
-            return None  # not begun, or stopped in its first evaluation
-        losses = dict(zip(*curves.columns(curves.read_metrics(path), "val_loss"), strict=True))
+        if not path.exists():
+            return None
+        losses = dict(zip(*curves.columns(curves.read_records(path), "val_loss"), strict=True))
         if plan.n_steps not in losses:
             return None
         return Run(plan.budget, plan.n_parameters, plan.n_tokens, losses[plan.n_steps])

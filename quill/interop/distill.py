@@ -28,8 +28,8 @@ class Teacher:
         with blames_input("distill_from", InputError):
             loaded = ensemble.from_folders(names)
         checks.check_tokenizer(config.dataset, data, loaded, names)
-        for name, part in loaded.parts(names) if distributed.is_main() else ():
-            checks.note_replaced_text(config.dataset, data, part, name)
+        if distributed.is_main():
+            checks.note_replaced_text(config.dataset, data, loaded, names)
         self.model = loaded.build().eval().to(device)
         longest = self.model.config.block_size
         if longest < config.block_size:

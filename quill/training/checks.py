@@ -148,9 +148,15 @@ def check_tokenizer(dataset: str, data, loaded, name: str) -> None:
 
 
 def note_replaced_text(dataset: str, data, loaded, name: str) -> None:
-    """Say it on stderr where the dataset has not the text any more that `name` was trained on."""
-    if loaded.dataset == dataset and loaded.text_sha256 not in (None, data.meta.sha256):
-        print_note(f"dataset {dataset!r} has another text now than when {name} was trained on it")
+    """Say it on stderr where the dataset has not the text any more that `name` was trained on.
+
+    Of an ensemble, each member that this is so for is named.
+    """
+    for part_name, part in loaded.parts(name):
+        if part.dataset == dataset and part.text_sha256 not in (None, data.meta.sha256):
+            print_note(
+                f"dataset {dataset!r} has another text now than when {part_name} was trained on it"
+            )
 
 
 def check_memory(model_config, device: torch.device) -> None:

@@ -20,6 +20,14 @@ DRAWN = ("train_loss", "loss", "lr", "seconds", "expected_low", "expected_high")
 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl; raises InputError for one without an evaluation."""
+    records = read_records(path)
+    if not any("val_loss" in record for record in records):
+        raise InputError(f"{path} holds no evaluation yet")
+    return records
+
+
+def read_records(path: Path) -> list[dict]:
+    """The same, also of a run that has no evaluation yet."""
     with open_file(path) as file:
         # After the last line end there is nothing, or a line cut short by a kill.
         *lines, _ = file.read().split(b"\n")
@@ -36,8 +44,6 @@ def read_metrics(path: Path) -> list[dict]:
             if type(record["step"]) is not int or abs(record["step"]) > 1e15 or not are_drawable:
                 raise ValueError("no step with losses")
         records.append(record)
-    if not any("val_loss" in record for record in records):
-        raise InputError(f"{path} holds no evaluation yet")
     return records
 
 
