@@ -34,6 +34,8 @@ def check_processes(config, device: torch.device, dtype: torch.dtype) -> None:
             wrong.append("sample_at_eval needs all of the model in one process: parallel=ddp")
         if dtype == torch.float16:
             wrong.append("parallel=fsdp has no loss scaling: take bfloat16 or float32")
+        if device.type == "cuda" and config.backend == "gloo":  # which crashes in PyTorch 2.11
+            wrong.append("parallel=fsdp on GPUs needs backend=nccl")
     if wrong:
         raise InputError("; ".join(wrong))
 

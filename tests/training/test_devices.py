@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from helpers import TINY
 
 from quill.errors import InputError
-from quill.training import devices
+from quill.training import checks, devices
 from quill.training.checkpoint import Progress
 from quill.training.log import StepTimer
+from train import TrainConfig
 
 GPU = torch.device("cuda", 0)
 
@@ -33,6 +35,15 @@ def test_without_a_compiler_auto_goes_on_and_says_so(monkeypatch, capsys):
     )
     with pytest.raises(InputError, match=r"compile=true: .* C compiler\.; leave"):
         devices.pick_compile(True, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("backend", "is_refused"), [("gloo", True), ("nccl", False)])
+def test_fsdp_through_gloo_on_gpus_is_refused(monkeypatch, backend, is_refused):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = TrainConfig(parallel="fsdp", backend=backend)
+    expected = pytest.raises(InputError, match="backend=nccl") if is_refused else nullcontext()
+    with expected:
+        checks.check_processes(config, GPU, torch.float32)
 
 
 def test_where_nothing_is_compiled_nothing_is_tried(monkeypatch):
