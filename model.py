@@ -210,8 +210,9 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), rotary, cache)
         h = self.ln_2(x)
         if self.shift is not None:  # by channel, as in RWKV, Peng et al. 2023
-            before = F.pad(h, (0, 0, 1, -1)) if cache is None else cache.before(self.layer, h)
-            h = h + before * self.shift.to(h.dtype)
+            # The row of the token before: zeros for the first.
+            previous = F.pad(h, (0, 0, 1, -1)) if cache is None else cache.before(self.layer, h)
+            h = h + previous * self.shift.to(h.dtype)
         return x + self.mlp(h)
 
 
@@ -407,7 +408,7 @@ class KVCache:
 
     def mask(self, T: int):
         """Which keys each of T new tokens may attend to, (T, n); None where no mask is needed."""
-        if T == 1 or self.n_tokens == 0:  # a single token attends to all; a first read is_causal
+        if T == 1 or self.n_tokens == 0:  # one new token sees all; the first read is causal
             return None
         past = self.n_tokens
         return torch.ones(T, past + T, dtype=torch.bool, device=self.k[0].device).tril(past)

@@ -140,7 +140,7 @@ def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | No
     dtype = devices.pick_dtype(config.dtype, device)
     devices.set_up_device(device, config.deterministic, config.dropout)
     checks.check_processes(config, device, dtype)
-    records = checks.pick_cuda_graph(config.cuda_graph, device, dtype)
+    use_graph = checks.pick_cuda_graph(config.cuda_graph, device, dtype)
     data = open_splits(config.dataset, config.block_size, device)
     model_config = config_from_options(config, data.meta.vocab_size)
     if saved is not None:
@@ -168,13 +168,13 @@ def setup(config: TrainConfig, saved: dict | None = None, start: Pretrained | No
         data=data,
         model=model,
         forward=forward,
-        optimizers=make_optimizers(model, config, dtype, records),
+        optimizers=make_optimizers(model, config, dtype, use_graph),
         step_number=torch.zeros((), dtype=torch.int64, device=device),
         scaler=LossScaler(device.type, enabled=dtype == torch.float16),
         ema=EMA(model, config.average_decay),
         guard=NonFiniteGuard(config, device),
         timer=StepTimer(config.tokens_per_step, model.flops_per_token(), device, dtype, compiles),
-        update=Recorded(lambda *batch: update_weights(run, *batch), device if records else None),
+        update=Recorded(lambda *batch: update_weights(run, *batch), device if use_graph else None),
         progress=Progress(),
         made_of={} if start is None else {"init_from": state_dict.digest(start.weights)},
     )
@@ -266,6 +266,7 @@ def loss_sum(run: Run, idx, targets):
 
 def compute_gradients(run: Run, idx, targets):
     """Forward and backward; -> (loss, norm of the gradient before it is clipped)."""
+    # Of all micro-steps and processes: windows may have unequal numbers of targets.
     n_targets = (targets != dataset.IGNORE_INDEX).sum()
     n_targets = distributed.all_reduce(n_targets).clamp(min=1)
     loss = torch.zeros((), device=run.device)

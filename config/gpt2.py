@@ -1,4 +1,5 @@
-# GPT-2 124M from scratch, on a corpus of your own in GPT-2's tokens: for GPUs. Not measured yet.
+# GPT-2 124M from scratch, on a corpus of your own in GPT-2's tokens: for GPUs. Its loss is not
+# measured yet; its speed and memory are (docs/results.md).
 #     python prepare.py corpus --input=FOLDER --tokenizer=gpt2
 #     torchrun --standalone --nproc_per_node=8 train.py config/gpt2.py
 

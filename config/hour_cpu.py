@@ -32,4 +32,4 @@ warmup_iters = 50
 max_iters = 4600
 beta2 = 0.99  # few tokens in a step: average their squares for longer
 
-device = "cpu"  # on a GPU take config/speedrun.py
+device = "cpu"  # --device=cuda takes two minutes of an H200, to the same loss

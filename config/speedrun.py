@@ -1,5 +1,6 @@
 # The 10.65 M model of Shakespeare by the fastest way known to us, for a GPU: Muon for the blocks'
-# matrices. Lowest val loss 1.359, 35 s of an H200; the choices won on a CPU (docs/results.md).
+# matrices. Lowest val loss 1.359 (3 seeds), 35 s of an H200 in all. Chosen by runs on
+# a CPU (docs/results.md).
 
 dataset = "shakespeare_char"
 eval_interval = 100  # often, because it will overfit: best.pt keeps the lowest val loss

@@ -102,12 +102,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(
-    model: torch.nn.Module, config: OptimizerOptions, dtype: torch.dtype, records: bool = False
+    model: torch.nn.Module, config: OptimizerOptions, dtype: torch.dtype, capturable: bool = False
 ) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest.
 
     dtype: of matrix products, Muon's included; its range is too wide for float16.
-    records: for a step that becomes a CUDA graph, the learning rates are tensors on the device.
+    capturable: for a step that becomes a CUDA graph, learning rates are tensors on the device.
 
     Loshchilov & Hutter 2019; Jordan et al. 2024. Matrices are decayed, gains and biases are not.
     """
@@ -136,13 +136,13 @@ def make_optimizers(
         {"params": groups["vector"], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    options = {"betas": betas, "fused": True, "capturable": records}
+    options = {"betas": betas, "fused": True, "capturable": capturable}
     optimizers.append(torch.optim.AdamW(decays, lr=config.learning_rate, **options))
     device = next(model.parameters()).device
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-            if records:
+            if capturable:
                 group["lr"] = torch.tensor(group["lr"], device=device)
     return optimizers
 
