@@ -12,6 +12,7 @@ import quill.startup  # noqa: F401, I001  first, for Ctrl-C during the imports b
 import dataclasses
 import datetime
 import json
+import math
 import os
 import signal
 import subprocess
@@ -46,7 +47,8 @@ HEAD_SIZE = 16
 SWITCHES = {"block_size": 64, "position": "rotary", "mlp": "swiglu", "token_shift": True}
 BATCH_SIZE = 24
 RATES = {"learning_rate": 8e-3, "muon_learning_rate": 0.03}
-FACTORS = (0.5, 1.0, 2.0, 4.0)  # of these rates, tried for each size at a budget in the middle
+# Of these rates, tried for each size with the smallest budget, and with the largest.
+FACTORS = ((1.0, 2.0, 4.0), (0.5, 1.0, 2.0))
 SEED = 1337
 AHEAD = 4  # times the largest budget, for the prediction
 
@@ -114,7 +116,6 @@ class Study:
     def __init__(self, config: ScalingConfig, meta: dataset_files.Meta):
         self.config, self.folder, self.meta = config, Path(config.out_dir, config.dataset), meta
         self.budgets = [config.smallest * 2**i for i in range(config.budgets)]
-        self.middle = self.budgets[(len(self.budgets) - 1) // 2]  # where the rates are tuned
         self.processes: list[subprocess.Popen] = []  # of the runs, also of those that have ended
 
     def refuse_another(self) -> None:
@@ -135,19 +136,30 @@ class Study:
                 "--out_dir"
             )
 
-    def tune(self) -> dict[tuple[int, int], float]:
-        """The best factor of the rates for each size, at a budget in the middle."""
-        plans = [self.plan(size, self.middle, factor) for size in SIZES for factor in FACTORS]
-        tried = [*zip(plans, self.make_all(plans), strict=True)]
-        return {
-            size: min((run.val_loss, plan.factor) for plan, run in tried if plan.size == size)[1]
+    def tune(self) -> dict[tuple[tuple[int, int], float], float]:
+        """Best factor of the rates by (size, budget), for the smallest budget and the largest."""
+        plans = [
+            self.plan(size, budget, factor)
+            for budget, factors in zip((self.budgets[0], self.budgets[-1]), FACTORS, strict=True)
             for size in SIZES
-        }
+            for factor in factors
+        ]
+        tried = zip(plans, self.make_all(plans), strict=True)
+        from_worst = sorted(tried, key=lambda pair: -pair[1].val_loss)
+        return {(plan.size, plan.budget): plan.factor for plan, _ in from_worst}  # the best is last
 
-    def grid(self, factors: dict[tuple[int, int], float]) -> list[Plan]:
+    def tuned_plan(self, factors: dict, size, budget: float, seed: int = SEED) -> Plan:
+        """Between and beyond the two tuned budgets the rates follow a power of the budget."""
+        tuned_size = size if size in SIZES else SIZES[-1]
+        smallest, largest = self.budgets[0], self.budgets[-1]
+        low, high = factors[tuned_size, smallest], factors[tuned_size, largest]
+        power = math.log(budget / smallest) / math.log(largest / smallest)
+        return self.plan(size, budget, low * (high / low) ** power, seed)
+
+    def grid(self, factors: dict) -> list[Plan]:
         """The largest runs first, so that at the end none is waited for alone."""
         return [
-            self.plan(size, budget, factors[size], SEED + i)
+            self.tuned_plan(factors, size, budget, SEED + i)
             for budget in reversed(self.budgets)
             for size in SIZES
             for i in range(self.config.seeds)
@@ -163,15 +175,10 @@ class Study:
         return Plan(size, budget, factor, seed, model.n_parameters(), n_steps)
 
     def predict(self, law, others, factors) -> tuple[Plan, str]:
-        """What the best size reaches with a larger budget; what was once written down stays.
-
-        Its rates are those of the size that is best where they were tuned: both are trained on
-        about as many tokens a parameter.
-        """
-        budget = AHEAD * self.budgets[-1]
-        tuned = best_of([self.plan(size, self.middle, factors[size]) for size in SIZES], law)
-        sizes = (*SIZES, *LARGER_SIZES)
-        plan = best_of([self.plan(size, budget, tuned.factor) for size in sizes], law)
+        """What the best size reaches with a larger budget; what was once written down stays."""
+        budget, sizes = AHEAD * self.budgets[-1], (*SIZES, *LARGER_SIZES)
+        plans = [self.tuned_plan(factors, size, budget) for size in sizes]
+        plan = min(plans, key=lambda plan: law.loss(plan.n_parameters, plan.n_tokens))
         path = self.folder / "prediction.json"
         if not path.exists():
             losses = [one.loss(plan.n_parameters, plan.n_tokens) for one in (law, *others)]
@@ -244,10 +251,6 @@ class Study:
         if plan.n_steps not in losses:
             return None
         return Run(plan.budget, plan.n_parameters, plan.n_tokens, losses[plan.n_steps])
-
-
-def best_of(plans: list[Plan], law: scaling_law.Law) -> Plan:
-    return min(plans, key=lambda plan: law.loss(plan.n_parameters, plan.n_tokens))
 
 
 if __name__ == "__main__":

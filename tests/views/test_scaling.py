@@ -110,12 +110,27 @@ def test_a_run_that_was_stopped_in_its_first_evaluation_is_not_finished(tiny):
         assert mine.result(plan) is None
 
 
+def test_rates_lie_between_and_beyond_those_of_the_two_tuned_budgets(tiny):
+    mine, size = study_of(), study.SIZES[-1]
+    factors = {(size, 1e12): 4.0, (size, 8e12): 0.5}
+    for of in (size, study.LARGER_SIZES[0]):
+        picked = [mine.tuned_plan(factors, of, c).factor for c in (1e12, 2e12, 4e12, 8e12, 1.6e13)]
+        assert picked == pytest.approx([4.0, 2.0, 1.0, 0.5, 0.25])
+    exact = [mine.tuned_plan(factors, size, c).name for c in (1e12, 8e12)]
+    assert exact == ["1e+12-5x144-4-1337", "8e+12-5x144-0.5-1337"], "the tuned runs serve again"
+
+
+def test_the_best_rates_are_found_at_both_ends(made):
+    mine = study_of(jobs=1)
+    assert {*mine.tune().values()} == {1.0}, "train.py's stand-in is best with these"
+
+
 def test_a_study_predicts_and_then_makes_the_largest_run(made, call):
     flags = ["--dataset=tiny", "--seeds=2", "--budgets=2", "--jobs=1"]
     code, out, _ = call("scaling", *flags)
-    n_tuning, n_grid = len(study.SIZES) * len(study.FACTORS), len(study.SIZES) * 2 * 2
-    # At the budget of the tuning the runs at the best rate serve twice.
-    assert code == 0 and len(made) == n_tuning + n_grid - len(study.SIZES) + 1 + 1
+    n_tuning, n_grid = len(study.SIZES) * 2 * 3, len(study.SIZES) * 2 * 2
+    # At the budgets of the tuning the runs at the best rate serve twice.
+    assert code == 0 and len(made) == n_tuning + n_grid - len(study.SIZES) * 2 + 1 + 1
     assert made[-1] == "after the prediction" and made.count("after the prediction") == 1
     assert len(set(made)) == len(made)
     predicted = json.loads(Path("out-scaling/tiny/prediction.json").read_text())
@@ -130,7 +145,7 @@ def test_a_study_predicts_and_then_makes_the_largest_run(made, call):
 def test_a_run_that_fails_ends_the_study_with_its_reason(tiny, call, monkeypatch):
     monkeypatch.setattr(study, "RATES", {"learning_rate": -1.0})
     monkeypatch.setattr(study, "SIZES", ((2, 32),))
-    monkeypatch.setattr(study, "FACTORS", (1.0,))
+    monkeypatch.setattr(study, "FACTORS", ((1.0,), (1.0,)))
     code, _, err = call("scaling", "--dataset=tiny", "--smallest=1e9")
     assert code == 2 and is_one_error_line(err) and "ended with code 2" in err
     assert "learning_rate" in err
