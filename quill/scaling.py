@@ -149,7 +149,10 @@ class Study:
         return {(plan.size, plan.budget): plan.factor for plan, _ in from_worst}  # the best is last
 
     def tuned_plan(self, factors: dict, size, budget: float, seed: int = SEED) -> Plan:
-        """Between and beyond the two tuned budgets the rates follow a power of the budget."""
+        """Between and beyond the two tuned budgets the rates follow a power of the budget.
+
+        Sizes that were not tuned have the rates of the largest one that was.
+        """
         tuned_size = size if size in SIZES else SIZES[-1]
         smallest, largest = self.budgets[0], self.budgets[-1]
         low, high = factors[tuned_size, smallest], factors[tuned_size, largest]
