@@ -128,7 +128,8 @@ def test_the_best_rates_are_found_at_both_ends(made):
 def test_a_study_predicts_and_then_makes_the_largest_run(made, call):
     flags = ["--dataset=tiny", "--seeds=2", "--budgets=2", "--jobs=1"]
     code, out, _ = call("scaling", *flags)
-    n_tuning, n_grid = len(study.SIZES) * 2 * 3, len(study.SIZES) * 2 * 2
+    n_tuning = len(study.SIZES) * sum(map(len, study.FACTORS))
+    n_grid = len(study.SIZES) * 2 * 2
     # At the budgets of the tuning the runs at the best rate serve twice.
     assert code == 0 and len(made) == n_tuning + n_grid - len(study.SIZES) * 2 + 1 + 1
     assert made[-1] == "after the prediction" and made.count("after the prediction") == 1
